@@ -1,0 +1,1 @@
+"""The moestro command: one short file per verb, imports inside functions."""

@@ -1,0 +1,145 @@
+"""Method cards: what a published method is, attached to the code that implements it.
+
+`@method` writes no global table. `moestro.core.catalogue` walks the package and writes `catalogue.json`, which the
+command line reads so that listing methods imports none of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import resources
+from typing import Any, TypeVar
+
+from moestro.core.errors import InputError
+
+FIDELITIES = ("exact", "faithful", "adapted")
+HEADINGS = ("Paper", "Idea", "Rule", "Needs", "Gives", "Departs", "Checked")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One keyword argument of a method: also a plan's option and a command-line flag."""
+
+    name: str
+    type: str
+    default: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A method's public description. name: its import path below `moestro.`; title: the header's first line."""
+
+    name: str
+    kind: str
+    title: str
+    paper: str
+    fidelity: str
+    needs: tuple[str, ...]
+    traits: tuple[str, ...]
+    options: tuple[Option, ...]
+    header: dict[str, str]
+    module: str
+    attribute: str
+
+
+def method(
+    name: str,
+    *,
+    kind: str,
+    fidelity: str,
+    paper: str = "",
+    needs: tuple[str, ...] = (),
+    traits: tuple[str, ...] = (),
+) -> Callable[[T], T]:
+    """Attach a card to a function or class. The module's docstring is its header; typed keyword arguments are its options.
+
+    Args:
+        traits: names of laws of this kind that are switched off for it, with the reason in the header's `Departs`.
+    """
+    assert fidelity in FIDELITIES, fidelity
+
+    def attach(obj: T) -> T:
+        module = sys.modules[obj.__module__]  # type: ignore[attr-defined]
+        title, header = parse_header(module.__doc__ or "")
+        card = Card(
+            name,
+            kind,
+            title,
+            paper,
+            fidelity,
+            needs,
+            traits,
+            _options(obj),
+            header,
+            obj.__module__,
+            obj.__name__,  # type: ignore[attr-defined]
+        )
+        obj.__card__ = card  # type: ignore[attr-defined]
+        return obj
+
+    return attach
+
+
+def parse_header(doc: str) -> tuple[str, dict[str, str]]:
+    """Title and headed paragraphs of a method file's docstring."""
+    lines = inspect.cleandoc(doc).splitlines()
+    title, header, current = (lines[0] if lines else ""), {}, None
+    for line in lines[1:]:
+        word = line.split(" ", 1)[0]
+        if word in HEADINGS:
+            current = word
+            header[current] = line[len(word) :].strip()
+        elif current and line.strip():
+            header[current] += " " + line.strip()
+    return title, header
+
+
+def _options(obj: Any) -> tuple[Option, ...]:
+    parameters = inspect.signature(obj).parameters.values()
+    return tuple(
+        Option(p.name, str(p.annotation), None if p.default is p.empty else p.default)
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY
+    )
+
+
+def catalogue() -> list[dict[str, Any]]:
+    """Every method's card as plain data, from the generated index; imports no method."""
+    return json.loads(resources.files("moestro").joinpath("catalogue.json").read_text(encoding="utf-8"))
+
+
+def load(name: str, kind: str | None = None) -> Any:
+    """The function or class of the method called `name` (full name, or its last part when that is unambiguous in `kind`).
+
+    Raises:
+        InputError: no such method; names the nearest ones.
+    """
+    rows = [row for row in catalogue() if kind is None or row["kind"] == kind]
+    found = [r for r in rows if r["name"] == name] or [r for r in rows if r["name"].rsplit(".", 1)[-1] == name]
+    if len(found) == 1:
+        return getattr(importlib.import_module(found[0]["module"]), found[0]["attribute"])
+    names = [r["name"] for r in rows] + [r["name"].rsplit(".", 1)[-1] for r in rows]
+    near = difflib.get_close_matches(name, names, n=3)
+    what = f"a method of kind {kind!r}" if kind else "a method"
+    raise InputError(
+        f"{name!r} is {'ambiguous among ' + ', '.join(r['name'] for r in found) if found else 'not ' + what}",
+        expected="one of " + ", ".join(sorted({r["name"].rsplit(".", 1)[-1] for r in rows})),
+        fix=f"did you mean {' or '.join(near)}?" if near else "moestro methods",
+    )
+
+
+def card_of(obj: Any) -> Card:
+    """The card attached to a method's function, class or instance."""
+    return obj.__card__
+
+
+def as_row(card: Card) -> dict[str, Any]:
+    """A card as JSON-ready data."""
+    return asdict(card)

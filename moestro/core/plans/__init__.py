@@ -1,0 +1,1 @@
+"""The plans: one file per thing that can be decided."""

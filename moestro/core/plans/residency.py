@@ -1,0 +1,110 @@
+"""ResidencyPlan: what stays in memory, what is streamed, and what that should cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from moestro.core.errors import PlanError
+from moestro.core.experts import ExpertKey
+from moestro.core.layer import ModelFacts
+from moestro.core.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """How a budget is spent, in bytes. `experts` is slots x the size of a slot."""
+
+    budget: int
+    runtime: int
+    trunk: int
+    kv_cache: int
+    buffers: int
+    experts: int
+
+    @property
+    def total(self) -> int:
+        return self.runtime + self.trunk + self.kv_cache + self.buffers + self.experts
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What decode should reach: a band of tokens/s, the hit rate and missed bytes per token it rests on, and the measured rates (bytes/s)."""
+
+    tokens_per_second_low: float
+    tokens_per_second_high: float
+    hit_rate: float
+    missed_bytes_per_token: float
+    disk_rate: float
+    memory_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidencyPlan(Plan):
+    """Which experts are kept where.
+
+    slots: number of expert slots; with scope 'layer' one number per MoE layer, with 'global' a single shared one.
+    pinned: experts never evicted. eviction, predictor: catalogue names with options. codec: how a packed store keeps
+    experts ('stored' keeps the checkpoint's own bytes). context: tokens of KV cache; batch: sequences; chunk: tokens per prefill pass.
+    """
+
+    kind: ClassVar[str] = "residency"
+    memory: Memory
+    scope: str
+    slots: tuple[int, ...]
+    eviction: str
+    predictor: str
+    eviction_options: dict[str, Any] = field(default_factory=dict)
+    predictor_options: dict[str, Any] = field(default_factory=dict)
+    pinned: tuple[ExpertKey, ...] = ()
+    codec: str = "stored"
+    dtype: str = "auto"
+    context: int = 2048
+    batch: int = 1
+    chunk: int = 512
+    prefetch: int = 0
+    forecast: Forecast | None = None
+
+    @classmethod
+    def decode(cls, data: dict[str, Any]) -> dict[str, Any]:
+        data["memory"] = Memory(**data["memory"])
+        data["slots"] = tuple(int(n) for n in data["slots"])
+        data["pinned"] = tuple(ExpertKey(int(layer), int(e)) for layer, e in data.get("pinned", ()))
+        if data.get("forecast") is not None:
+            data["forecast"] = Forecast(**data["forecast"])
+        return data
+
+    def check(self, facts: ModelFacts) -> None:
+        """As Plan.check, and the slots must fit the model: enough for one token, no more than there are experts."""
+        super().check(facts)
+        if self.scope not in ("global", "layer"):
+            raise PlanError(f"scope is {self.scope!r}", expected="'global' or 'layer'")
+        total, need = sum(la.num_experts for la in facts.layers), [la.top_k for la in facts.layers]
+        if self.scope == "global":
+            if len(self.slots) != 1 or not max(need) <= self.slots[0] <= total:
+                raise PlanError(f"slots are {list(self.slots)}", expected=f"one number from {max(need)} to {total}")
+        elif len(self.slots) != len(facts.layers) or any(
+            not la.top_k <= n <= la.num_experts for n, la in zip(self.slots, facts.layers, strict=True)
+        ):
+            raise PlanError(
+                f"slots per layer are {list(self.slots)}",
+                expected=f"{len(facts.layers)} numbers, each from the layer's top-k to its number of experts",
+            )
+        for key in self.pinned:
+            if not (0 <= key.layer < len(facts.layers) and 0 <= key.expert < facts.layers[key.layer].num_experts):
+                raise PlanError(f"pinned expert {tuple(key)} does not exist in this model")
+
+    def summary(self) -> str:
+        m = self.memory
+        gib = 1024**3
+        lines = [
+            f"budget {m.budget / gib:.2f} GiB: runtime {m.runtime / gib:.2f}, trunk {m.trunk / gib:.2f}, KV cache {m.kv_cache / gib:.2f}, "
+            f"buffers {m.buffers / gib:.2f}, experts {m.experts / gib:.2f}",
+            f"slots {sum(self.slots)} ({self.scope}), pinned {len(self.pinned)}, eviction {self.eviction}, predictor {self.predictor}, codec {self.codec}",
+        ]
+        if f := self.forecast:
+            lines.append(
+                f"expected decode {f.tokens_per_second_low:.1f}-{f.tokens_per_second_high:.1f} tokens/s at {100 * f.hit_rate:.0f} % hits, "
+                f"{f.missed_bytes_per_token / 1e6:.0f} MB read per token, disk {f.disk_rate / 1e9:.2f} GB/s"
+            )
+        return "\n".join(lines)

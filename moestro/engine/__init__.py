@@ -1,0 +1,1 @@
+"""Inference when experts do not fit: store, cache, policies, trunk, generation."""

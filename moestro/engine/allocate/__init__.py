@@ -1,0 +1,1 @@
+"""How expert slots are divided among layers: one file each."""

@@ -1,0 +1,1 @@
+"""Predictors of the experts a layer will need: one file each."""

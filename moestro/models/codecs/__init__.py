@@ -1,0 +1,1 @@
+"""How expert weights are encoded in bytes."""

@@ -1,0 +1,1 @@
+"""Facts of each block family: names, shapes and router arithmetic."""
