@@ -151,7 +151,7 @@ class Checkpoint:
             self.read_range(ref.file, ref.offset, out.reshape(-1).view(np.uint8))
 
     def read_range(self, file: Path, offset: int, out: np.ndarray) -> None:
-        """Fill `out` (uint8) from byte `offset` of one of the files; the page cache is left as small as before.
+        """Fill `out` (uint8, one dimension) from byte `offset` of one of the files; the page cache is left as small as before.
 
         Raises CheckpointError when the file cannot be read, is too short or has changed since it was opened.
         """
@@ -162,7 +162,7 @@ class Checkpoint:
         try:
             if file in self.stamps:
                 _same(file, os.fstat(fd), self.stamps[file])
-            view, done = memoryview(out).cast("B"), 0
+            view, done = out.data, 0
             while done < len(view):
                 got = os.preadv(fd, [view[done : done + _PIECE]], offset + done)
                 if got == 0:

@@ -35,7 +35,6 @@ def locate(model: str | Path) -> Path:
 
 def _snapshot(source: str, name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         # The index first, then exactly the files it names: repositories carry further copies of the weights (original/, metal/).
@@ -43,9 +42,26 @@ def _snapshot(source: str, name: str, revision: str | None) -> Path:
         weights = ["model.safetensors"]
         if (path / _INDEX).is_file():
             weights += _shards(path / _INDEX)
-        return Path(snapshot_download(name, revision=path.name, allow_patterns=weights))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        path = Path(snapshot_download(name, revision=path.name, allow_patterns=weights))
+        if not any((path / weight).exists() for weight in weights):
+            _no_safetensors(source, name, path.name)
+        return path
+    except CheckpointError:
+        raise
+    except Exception as error:  # the library raises its own, its HTTP client's and OSError
         _refuse(source, error)
+
+
+def _no_safetensors(source: str, name: str, commit: str) -> NoReturn:
+    from huggingface_hub import HfApi, constants
+
+    offline = constants.HF_HUB_OFFLINE
+    others = [] if offline else [f for f in HfApi().list_repo_files(name, revision=commit) if f.endswith((".bin", ".pth", ".pt"))]
+    raise CheckpointError(
+        f"{source} has no model.safetensors" + (f", only {others[0]}, a format that can run code when loaded" if others else ""),
+        expected="a model's weights as safetensors",
+        fix="unset HF_HUB_OFFLINE to download them" if offline else "look for a revision with safetensors, such as @refs/pr/1",
+    )
 
 
 def _shards(index: Path) -> list[str]:
