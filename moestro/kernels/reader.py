@@ -1,0 +1,169 @@
+"""Reads of byte ranges by background threads straight into the caller's buffers, past the page cache where the file system allows it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import os
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moestro.kernels import native
+from moestro.kernels.reader_threads import PIECE, Queue
+
+BLOCK = 4096
+
+
+def aligned(nbytes: int) -> np.ndarray:
+    """uint8 [nbytes], page-aligned private memory of its own: untouched pages cost nothing, all is given back when it is dropped."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1), flags=flags), np.uint8, nbytes)
+
+
+class Read(NamedTuple):
+    """`nbytes` at `offset` of file `file` (index from Reader.add) into the first `nbytes` of the contiguous uint8 array `into`."""
+
+    file: int
+    offset: int
+    nbytes: int
+    into: np.ndarray
+
+
+class Reader:
+    """Background reads. Buffers are kept alive until their reads have ended; all methods may be called from any thread.
+
+    Reads whose offset, length and address are multiples of 4096 bypass the page cache (O_DIRECT); others, and all on file
+    systems that refuse, are buffered and dropped from the page cache afterwards. A read may reach beyond the end of the file
+    up to the next multiple of 4096; the bytes beyond are left as they are.
+
+    threads: reads in flight at once. direct: False never bypasses the page cache.
+    """
+
+    def __init__(self, threads: int = 1, direct: bool = True) -> None:
+        assert threads >= 1
+        module = native.extension()
+        self._queue: Any = Queue(threads, direct) if module is None else module.Queue(threads, direct, PIECE)
+        self._sizes: list[int] = []
+        self._alive: dict[int, list[np.ndarray]] = {}
+
+    def add(self, path: str | Path) -> int:
+        """Open a file and give its index. Raises OSError."""
+        index, size = self._queue.add(os.fspath(path))
+        assert index == len(self._sizes)
+        self._sizes.append(size)
+        return index
+
+    def size(self, file: int) -> int:
+        """Bytes of the file when it was added."""
+        return self._sizes[file]
+
+    def submit(self, reads: Sequence[Read], *, urgent: bool = True) -> int:
+        """Queue reads under one new ticket. Urgent ones go before all queued non-urgent ones; else first come, first served."""
+        pieces, buffers = [], []
+        for file, offset, nbytes, into in reads:
+            assert into.dtype == np.uint8 and into.ndim == 1 and into.flags.c_contiguous and into.flags.writeable
+            assert 0 <= file < len(self._sizes) and offset >= 0 and 0 <= nbytes <= into.nbytes
+            pieces.append((file, offset, nbytes, into.ctypes.data))
+            buffers.append(into)
+        for ticket in self._queue.reap():
+            self._alive.pop(ticket, None)
+        # Reserve first: the reads may end before submit returns.
+        ticket = self._queue.reserve()
+        self._alive[ticket] = buffers
+        try:
+            self._queue.submit(ticket, pieces, urgent)
+        except BaseException:
+            self._alive.pop(ticket, None)
+            raise
+        return ticket
+
+    def wait(self, ticket: int) -> None:
+        """Block, without the interpreter lock, until every read of the ticket has ended.
+
+        Raises:
+            OSError: a read failed. EOFError: the file ends before the range does. ValueError: the reader was closed before.
+        """
+        try:
+            code, message = self._queue.wait(ticket)
+        finally:
+            self._release(ticket)
+        _raise(code, message)
+
+    def done(self, ticket: int) -> bool:
+        """Whether `wait` would return or raise at once."""
+        return self._queue.done(ticket)
+
+    def promote(self, ticket: int) -> None:
+        """Make a queued prefetch urgent; what has begun or ended stays as it is."""
+        self._queue.promote(ticket)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far."""
+        return self._queue.bytes_read
+
+    @property
+    def seconds_busy(self) -> float:
+        """Seconds during which at least one read was in flight."""
+        return self._queue.seconds_busy
+
+    def close(self) -> None:
+        """Drop what is queued, wait for what is in flight, close the files. Waiting tickets raise ValueError. Idempotent."""
+        self._queue.close()
+        self._alive.clear()
+
+    def _release(self, ticket: int) -> None:
+        # An interrupted wait (Ctrl-C) must not free buffers that are still being written.
+        if self._queue.done(ticket):
+            self._alive.pop(ticket, None)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # __init__ may have failed; at interpreter exit the rest may be gone.
+        with contextlib.suppress(AttributeError, TypeError):
+            self.close()
+
+
+def _raise(code: int, message: str) -> None:
+    if code > 0:
+        raise OSError(code, f"{os.strerror(code)}: {message}")
+    if code == -1:
+        raise EOFError(message)
+    if code == -2:
+        raise ValueError(message)
+
+
+def probe(path: str | Path, size: int, seconds: float = 0.3) -> float:
+    """Bytes per second of single direct reads of `size` (rounded up to 4096) at random offsets of the file.
+
+    Raises:
+        OSError: the file cannot be read. ValueError: it is empty.
+    """
+    with Reader() as reader:
+        file = reader.add(path)
+        total = reader.size(file)
+        if not total:
+            raise ValueError(f"{path} is empty, so no reads can be timed")
+        size = min(math.ceil(size / BLOCK), math.ceil(total / BLOCK)) * BLOCK
+        buffer = aligned(size)
+        buffer[::BLOCK] = 0  # page faults are not the disk's time
+        places = random.Random(0)
+        spent, began = 0.0, time.perf_counter()
+        before = reader.bytes_read
+        while spent == 0.0 or spent < seconds:
+            offset = places.randint(0, (math.ceil(total / BLOCK) * BLOCK - size) // BLOCK) * BLOCK
+            reader.wait(reader.submit([Read(file, offset, size, buffer)]))
+            spent = time.perf_counter() - began
+        return (reader.bytes_read - before) / spent
