@@ -5,6 +5,7 @@ Layers with fewer slots than the widest are padded with -1. Shapes: L MoE layers
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -126,7 +127,8 @@ class Trace:
                     out.write(array.data)
             os.replace(temporary, path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise StorageError(f"cannot write the trace {path}: {error}", fix="choose another --output") from error
 
     @classmethod
