@@ -38,7 +38,15 @@ _SIGMOID = {
     "routed_scaling_factor": 1.7,
     "norm_topk_prob": True,
 }
-_MLA = {"q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "head_dim": 4}
+_MLA = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "head_dim": 4,
+}
 _SOFTMAX = {"intermediate_size": 24, "num_experts_per_tok": 2}
 _CONFIGS: Mapping[str, tuple[str, dict[str, Any]]] = MappingProxyType(
     {
