@@ -1,0 +1,157 @@
+"""A Hugging Face MoE model opened with all its experts in memory: a transformers module seen as MoE layers. Needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moestro.core.errors import InputError
+from moestro.core.experts import Experts
+from moestro.core.layer import LayerFacts, LayerRecord, ModelFacts, RunnerOutput
+from moestro.core.routing import RouteContext, Router, Routing
+from moestro.models.checkpoint import Checkpoint
+from moestro.models.experts import Stacked
+from moestro.models.families import describe
+from moestro.models.layout import Layout
+from moestro.models.live import Seam, load_trunk, seams, skeleton
+from moestro.models.router import LiveRouter, Wire, without_experts
+
+if TYPE_CHECKING:
+    import torch
+
+Watcher = Callable[[int, Any, Routing, Any], None]
+
+
+def open_model(model: str | Path | Checkpoint, dtype: str = "auto") -> Model:
+    """Load a checkpoint whole. model: folder, Hub id or opened checkpoint. dtype: 'auto', 'float32', 'bfloat16', 'float16'.
+
+    Raises:
+        CheckpointError: files are missing, disagree with the configuration or hold NaN.
+        UnsupportedModel: not a Mixture-of-Experts model that moestro can run with parity.
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
+    layout = describe(checkpoint)
+    module = skeleton(checkpoint, layout, dtype)
+    found = seams(module, layout)
+    for seam in found:
+        Stacked(seam).fill(checkpoint, layout, seam.facts.ordinal)
+    load_trunk(module, checkpoint, layout)
+    return Model(checkpoint, layout, module, found)
+
+
+class LiveLayer:
+    """One MoE layer of a live module. Changes made here change what the module computes."""
+
+    def __init__(self, seam: Seam) -> None:
+        self._seam = seam
+        self._wire = Wire(seam)
+        self._own = LiveRouter(seam, self._wire)
+        self._router: Router = self._own
+        self._experts: Experts = Stacked(seam)
+        self._watchers: dict[object, Watcher] = {}
+        self.context = RouteContext(layer=seam.facts.ordinal)
+        seam.connect(self._answer)
+
+    @property
+    def facts(self) -> LayerFacts:
+        return self._seam.facts
+
+    @property
+    def router(self) -> Router:
+        return self._router
+
+    @property
+    def experts(self) -> Experts:
+        return self._experts
+
+    @property
+    def shared(self) -> Callable[[Any], Any] | None:
+        """x_TD -> y_TD of the experts that see every token, with their gate if they have one; None without."""
+        if any("shared" in name for name, _ in self._seam.block.named_children()):
+            return lambda x_TD: without_experts(self._seam, x_TD)
+        beside = [m for name, m in self._seam.decoder.named_children() if "shared" in name and m is not None]
+        return beside[0] if beside else None
+
+    def route(self, x_TD: torch.Tensor, ctx: RouteContext | None = None) -> Routing:
+        return self._router(x_TD, ctx or self.context)
+
+    def run(self, x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """y_TD: the routed experts' weighted sum, plus the shared experts."""
+        y_TD, shared = self._experts.run(x_TD, routing), self.shared
+        return y_TD if shared is None else y_TD + shared(x_TD)
+
+    def replace(self, *, router: Router | None = None, experts: Experts | None = None) -> None:
+        """Use another router or other experts from now on, also inside the module's forward."""
+        self._router = router or self._router
+        self._experts = experts or self._experts
+
+    def watch(self, fn: Watcher) -> Callable[[], None]:
+        """Call fn(ordinal, x_TD, routing, y_TD) at each pass; y_TD is the routed experts' sum, without shared experts."""
+        token = object()
+        self._watchers[token] = fn
+        return lambda: self._watchers.pop(token, None) and None
+
+    def _answer(self, x_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """The module's own call of its experts."""
+        if self._router is self._own:
+            routing = Routing(index_TK, weights_TK, self._wire.logits_TE, self._wire.probs() if self._watchers else None)
+        else:
+            routing = self._router(x_TD, replace(self.context, training=bool(self._seam.block.training)))
+        y_TD = self._experts.run(x_TD, routing)
+        for fn in list(self._watchers.values()):
+            fn(self.facts.ordinal, x_TD, routing, y_TD)
+        return y_TD
+
+
+class Model:
+    """A live transformers `module` with its MoE `layers`; a core Runner."""
+
+    def __init__(self, checkpoint: Checkpoint, layout: Layout, module: Any, found: tuple[Seam, ...]) -> None:
+        self.checkpoint, self.layout, self.module = checkpoint, layout, module
+        self.layers = tuple(LiveLayer(seam) for seam in found)
+
+    @property
+    def facts(self) -> ModelFacts:
+        return self.layout.facts
+
+    def run(self, tokens_BT: list[list[int]], *, inputs: bool = False) -> Iterator[RunnerOutput]:
+        """Logits and records of each sequence, one forward pass each, without gradients. Raises InputError on bad token ids."""
+        for number, tokens in enumerate(tokens_BT):
+            self._check(tokens)
+            yield self._one(tokens, number, inputs)
+
+    def _check(self, tokens: list[int]) -> None:
+        if not tokens:
+            raise InputError("a sequence has no tokens", expected="at least one")
+        if worst := [t for t in tokens if not 0 <= t < self.facts.vocabulary]:
+            raise InputError(f"token id {worst[0]} is not in the vocabulary", expected=f"0 to {self.facts.vocabulary - 1}")
+
+    def _one(self, tokens: list[int], number: int, inputs: bool) -> RunnerOutput:
+        import torch
+
+        ids_T = torch.tensor(tokens, dtype=torch.int64)
+        records: dict[int, LayerRecord] = {}
+
+        def record(ordinal: int, x_TD: Any, routing: Routing, y_TD: Any) -> None:
+            records[ordinal] = LayerRecord(ordinal, routing, x_TD if inputs else None, y_TD if inputs else None)
+
+        stops = [layer.watch(record) for layer in self.layers]
+        before = [layer.context for layer in self.layers]
+        for layer in self.layers:
+            layer.context = replace(
+                layer.context,
+                token_ids_T=ids_T,
+                sequence_T=torch.full_like(ids_T, number),
+                position_T=torch.arange(len(tokens)),
+            )
+        try:
+            with torch.no_grad():
+                logits_TV = self.module(input_ids=ids_T[None], use_cache=False).logits[0]
+        finally:
+            for stop in stops:
+                stop()
+            for layer, context in zip(self.layers, before):
+                layer.context = context
+        return RunnerOutput(logits_TV, tuple(records[i] for i in sorted(records)))
