@@ -1,0 +1,57 @@
+"""One session of moestro's engine on the published files, its memory budget the same as the kernel's limit. See session.py."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import session
+
+
+class Moestro:
+    def __init__(self, spec: dict[str, Any]) -> None:
+        from moestro.engine.engine import Engine
+
+        context = len(spec["prompt"]) + len(spec["forced"]) + 8
+        self.engine = Engine.open(
+            spec["model"], memory=spec["memory"], threads=spec["threads"], context=context, **spec["options"]
+        )
+        self.engine.begin()
+        self.state = self.engine.trunk.start(1, context)
+        self.started = False
+
+    def feed(self, tokens: list[int]) -> int:
+        import numpy as np
+
+        logits_BV = (self.engine.decode if self.started else self.engine.prefill)(np.array([tokens], np.int64), self.state)
+        self.started = True
+        return int(logits_BV[0].argmax())
+
+    def stats(self) -> dict[str, Any]:
+        table, cache = self.engine.cache.table, self.engine.cache
+        both = [table.counts(prefill=flag) for flag in (True, False)]
+        out = {name: sum(getattr(c, name) for c in both) for name in ("hits", "misses", "prefetch_issued", "prefetch_used")}
+        return out | {"bytes_asked": sum(cache.bytes_read(prefill=flag) for flag in (True, False))}
+
+    def about(self) -> dict[str, Any]:
+        from moestro.kernels import native
+
+        plan = self.engine.plan
+        forecast = asdict(plan.forecast) if plan.forecast else None
+        return {
+            "kernels": native.level(),
+            "memory": asdict(plan.memory),
+            "slots": list(plan.slots),
+            "scope": plan.scope,
+            "eviction": plan.eviction,
+            "predictor": plan.predictor,
+            "prefetch": plan.prefetch,
+            "trunk": type(self.engine.trunk).__name__,
+            "forecast": forecast,
+            "exact": not self.engine.changes,
+            "changes": list(self.engine.changes),
+        }
+
+
+if __name__ == "__main__":
+    raise SystemExit(session.measure(Moestro))
