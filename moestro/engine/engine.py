@@ -1,0 +1,329 @@
+"""The engine: a checkpoint larger than its memory budget, run exactly. It joins trunk, cache, dispatch and generation.
+
+`Engine.open(model, memory=...)` makes a plan and loads the trunk; `generate` answers prompts; `run` makes it a core Runner.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from moestro.core.errors import InputError
+from moestro.core.layer import LayerRecord, ModelFacts, RunnerOutput
+from moestro.core.plans.residency import ResidencyPlan
+from moestro.core.routing import Routing
+from moestro.core.trace import Trace
+from moestro.engine import memory as accounting
+from moestro.engine.cache import ExpertCache
+from moestro.engine.dispatch import Dispatch, demanded
+from moestro.engine.generate import Generation, Prompt
+from moestro.engine.prefetch import Glimpse, Prefetcher
+from moestro.engine.recorder import Recorder
+from moestro.engine.replay import NONE, eviction_factory, make_predictor
+from moestro.engine.sample import SamplingParams
+from moestro.engine.store import ExpertStore, PackedStore, SourceStore
+from moestro.engine.table import Moment, SlotTable
+from moestro.engine.trunk import State, TransformersTrunk, Trunk
+from moestro.kernels.reader import Reader
+from moestro.models.checkpoint import Checkpoint
+from moestro.models.layout import Layout
+
+READERS = 2  # reads in flight: deeper queues gain nothing on one disk and lengthen the wait for the first expert
+BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
+
+
+class Engine:
+    """A running model. Use it as a context manager, or call `close`. Not for several threads at once.
+
+    plan: what it keeps where. facts: of the model. context: tokens a sequence may have, prompt and answer together.
+    changes: what differs from the checkpoint's own numbers; empty when the run is exact.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        plan: ResidencyPlan,
+        *,
+        store: ExpertStore | None = None,
+        threads: int | None = None,
+        trace: bool = False,
+    ) -> None:
+        plan.check(layout.facts)
+        self.checkpoint, self.layout, self.plan = checkpoint, layout, plan
+        self.facts: ModelFacts = layout.facts
+        self.threads = threads or cores()
+        self.context = min(plan.context, layout.facts.context)
+        self.stop = threading.Event()
+        self.store: ExpertStore = store or SourceStore(checkpoint, layout)
+        self.store.check()
+        eviction = eviction_factory(plan.eviction, plan.eviction_options)
+        table = SlotTable(plan.slots, plan.scope, eviction, layers=len(self.facts.layers), pinned=plan.pinned)
+        prefetcher = self._prefetcher(table)
+        self.changes = self._changes()
+        self.recorder = Recorder(self.facts, {"method": plan.method, "dtype": plan.dtype}) if trace else None
+        self._step, self._prefilling, self._watched, self._inputs = 0, False, False, False
+        self._records: list[tuple[np.ndarray, ...]] = []
+        self._sequences = 0
+        self._tokenizer: Any = None
+        self.reader = Reader(READERS)
+        try:
+            self.store.attach(self.reader)
+            self.cache = ExpertCache(self.store, table, self.reader)
+            self.dispatch = Dispatch(self.cache, self.facts.layers, self.threads, prefetcher)
+            self.trunk: Trunk = self._load_trunk()
+        except BaseException:
+            self.reader.close()
+            raise
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path,
+        *,
+        memory: int | None = None,
+        plan: ResidencyPlan | None = None,
+        store: str | Path | ExpertStore | None = None,
+        threads: int | None = None,
+        trace: bool = False,
+        **options: Any,
+    ) -> Self:
+        """Open a checkpoint and load its trunk.
+
+        Args:
+            model: a local folder, a Hub id, or `org/name@revision`.
+            memory: bytes that the whole process may take; without it and without a plan, most of what is available.
+            plan: what to keep where, instead of making a plan here.
+            store: a folder of packed experts, or a store; by default the checkpoint itself.
+            threads: of the arithmetic; by default the cores this process may use.
+            trace: record what is routed; see `trace`.
+            options: for `plan_residency` (context, batch, chunk, dtype, eviction, predictor, ...).
+
+        Raises:
+            InputError: both a memory budget and a plan, or options beside a plan. BudgetError: the budget cannot work.
+            CheckpointError, UnsupportedModel, PlanError: as their names say.
+        """
+        from moestro.engine.residency import plan_residency
+        from moestro.models.families import describe
+
+        if plan is not None and (memory is not None or options):
+            given = ["memory"] * (memory is not None) + sorted(options)
+            raise InputError(
+                f"a plan is given and also {', '.join(given)}", expected="one or the other", fix="leave out the plan"
+            )
+        accounting.settle()
+        checkpoint = Checkpoint.open(model)
+        layout = describe(checkpoint)
+        if plan is not None and store is None and plan.codec != "stored":
+            raise InputError(
+                f"the plan keeps experts in codec {plan.codec}, and no packed experts are given",
+                expected="the folder that `moestro apply` wrote",
+                fix="run `moestro apply PLAN --output FOLDER` and give that folder as the store",
+            )
+        if isinstance(store, str | Path):
+            store = PackedStore(store, layout.facts)
+        if plan is None:
+            options.setdefault("runtime_bytes", accounting.runtime_bytes())
+            budget = memory if memory is not None else accounting.available() * 9 // 10 + accounting.usage().resident
+            plan = plan_residency(checkpoint, layout, budget, **options)
+        return cls(checkpoint, layout, plan, store=store, threads=threads, trace=trace)
+
+    def close(self) -> None:
+        """Stop reading and give the slots back. Idempotent."""
+        self.reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # What the engine is made of
+
+    def _prefetcher(self, table: SlotTable) -> Prefetcher | None:
+        plan = self.plan
+        experts = tuple(layer.num_experts for layer in self.facts.layers)
+        predictor = make_predictor(plan.predictor, len(experts), experts, plan.predictor_options)
+        return Prefetcher(predictor, table, plan.prefetch) if plan.prefetch and plan.predictor != NONE else None
+
+    def _load_trunk(self) -> Trunk:
+        import torch
+
+        torch.set_num_threads(self.threads)
+        trunk = TransformersTrunk(self.checkpoint, self.layout, self._seam, self.plan.dtype)
+        accounting.trim()
+        return trunk
+
+    def _changes(self) -> tuple[str, ...]:
+        out = []
+        if self.store.lossy:
+            out.append(f"experts are kept as {self.store.codec}")
+        own, used = self.facts.dtype, self.facts.dtype if self.plan.dtype == "auto" else self.plan.dtype
+        if own != used and used != "float32":
+            out.append(f"the trunk's {own} weights are rounded to {used}")
+        return tuple(out)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer. Raises CheckpointError when it has none."""
+        if self._tokenizer is None:
+            from moestro.models.tokenizer import Tokenizer
+
+            self._tokenizer = Tokenizer.open(self.checkpoint.path)
+        return self._tokenizer
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return frozenset(self.tokenizer.eos_ids)
+
+    # Passes
+
+    def _seam(
+        self, ordinal: int, x_TD: np.ndarray, experts_TK: np.ndarray, weights_TK: np.ndarray, valid_T: np.ndarray | None
+    ) -> np.ndarray:
+        if self.stop.is_set():
+            raise KeyboardInterrupt
+        if valid_T is not None:
+            y_TD = np.zeros_like(x_TD)
+            if valid_T.any():
+                y_TD[valid_T] = self._seam(ordinal, x_TD[valid_T], experts_TK[valid_T], weights_TK[valid_T], None)
+            elif self.recorder is not None:
+                self.recorder.layer(ordinal, experts_TK[:0], weights_TK[:0])
+            return y_TD
+        experts_TK = demanded(experts_TK, weights_TK)
+        moment = Moment(self._step, ordinal, self._prefilling)
+        if self.recorder is not None:
+            self.recorder.layer(ordinal, experts_TK, weights_TK)
+        y_TD = self.dispatch.run(x_TD, experts_TK, weights_TK, moment, self._glimpse(ordinal, x_TD))
+        if self._watched:
+            seen = (experts_TK.copy(), weights_TK.copy())
+            self._records.append((*seen, x_TD.copy(), y_TD) if self._inputs else seen)
+        return y_TD
+
+    def _glimpse(self, ordinal: int, x_TD: np.ndarray) -> Glimpse | None:
+        if self.dispatch.prefetcher is None or ordinal + 1 == len(self.facts.layers):
+            return None
+
+        def router(x_TD: np.ndarray, width: int) -> np.ndarray:
+            ids_TW = self.trunk.ahead(ordinal + 1, x_TD, width)
+            if ids_TW is None:
+                return np.zeros((len(x_TD), 0), np.int64)
+            if self.recorder is not None:
+                self.recorder.ahead(ordinal, ids_TW)
+            return ids_TW
+
+        return Glimpse(x_TD=x_TD, router=router)
+
+    def _pass(
+        self, tokens_BT: np.ndarray, state: State, valid_BT: np.ndarray | None, *, prefill: bool, every: bool = False
+    ) -> np.ndarray:
+        self._prefilling = prefill
+        if self.recorder is not None:
+            rows = np.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
+            before_B = np.full(len(rows), state.length) if state.valid_BT is None else state.valid_BT.sum(1)
+            positions_BT = before_B[:, None] + np.cumsum(rows, axis=1) - 1
+            first = self._sequences - state.batch
+            sequences_BT = np.broadcast_to(np.arange(first, self._sequences)[:, None], rows.shape)
+            self.recorder.step(self._step, prefill, tokens_BT[rows], sequences_BT[rows], positions_BT[rows])
+        try:
+            return self.trunk.forward(tokens_BT, state, valid_BT, every=every)
+        except BaseException:
+            if self.recorder is not None:
+                self.recorder.undo()
+            raise
+        finally:
+            self._step += 1
+
+    def begin(self) -> None:
+        """Before a generation: the files must still be the ones that were opened, and counts start anew. Raises CheckpointError."""
+        self.checkpoint.unchanged()
+        self.store.check()
+        self.cache.reset()
+        self.stop.clear()
+
+    def pieces(self, length: int, batch: int) -> list[slice]:
+        """A prompt's passes: plan.chunk tokens of all sequences together, or all at once where the trunk cannot continue."""
+        width = max(1, self.plan.chunk // batch)
+        if length <= width or not self.trunk.continues:
+            return [slice(0, length)]
+        return [slice(at, min(at + width, length)) for at in range(0, length, width)]
+
+    def prefill(self, tokens_BT: np.ndarray, state: State, valid_BT: np.ndarray | None = None) -> np.ndarray:
+        """Read prompts into a new state; logits_BV after the last token. valid_BT: False for padding, which is on the left."""
+        self._sequences += state.batch
+        logits_BV = np.zeros((0, 0), np.float32)
+        for piece in self.pieces(tokens_BT.shape[1], state.batch):
+            valid = None if valid_BT is None else valid_BT[:, piece]
+            logits_BV = self._pass(tokens_BT[:, piece], state, valid, prefill=True)
+        return logits_BV
+
+    def decode(self, tokens_B1: np.ndarray, state: State, valid_B1: np.ndarray | None = None) -> np.ndarray:
+        """One token more of each sequence; logits_BV. valid_B1: False for sequences that have ended."""
+        return self._pass(tokens_B1, state, valid_B1, prefill=False)
+
+    # What callers use
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> Generation:
+        """Answer prompts: a text, token ids, a chat (list of messages), or several of them. Iterate over the result for events.
+
+        Raises:
+            InputError: at once, for an empty prompt or one that does not fit the context.
+        """
+        several = _several(prompts)
+        params = params or SamplingParams()
+        ids = [self._ids(prompt) for prompt in several]
+        return Generation(self, ids, params)
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer.encode(prompt))
+        if prompt and isinstance(prompt[0], dict):
+            return list(self.tokenizer.chat(prompt))
+        return [int(token) for token in prompt]  # type: ignore[arg-type]
+
+    def run(self, tokens_BT: list[list[int]], *, inputs: bool = False) -> Iterator[RunnerOutput]:
+        """Logits after every token and one record per MoE layer, a sequence at a time (core Runner)."""
+        for tokens in tokens_BT:
+            if not tokens or len(tokens) > self.facts.context:
+                raise InputError(f"a sequence has {len(tokens)} tokens", expected=f"1 to {self.facts.context}", fix="cut it")
+        for tokens in tokens_BT:
+            array = np.asarray(tokens, np.int64)[None]
+            state = self.trunk.start(1, len(tokens))
+            self._sequences += 1
+            self._watched, self._inputs, self._records = True, inputs, []
+            try:
+                pieces = self.pieces(len(tokens), 1)
+                logits = [self._pass(array[:, piece], state, None, prefill=True, every=True)[0] for piece in pieces]
+                records = self._records
+            finally:
+                self._watched, self._records = False, []
+            layers = len(self.facts.layers)
+            found = []
+            for ordinal in range(layers):
+                experts, weights, *xy = (np.concatenate(part) for part in zip(*records[ordinal::layers], strict=True))
+                found.append(LayerRecord(ordinal, Routing(experts, weights), *xy))
+            yield RunnerOutput(np.concatenate(logits), tuple(found))
+
+    def trace(self) -> Trace:
+        """What has been routed since the engine was opened. Raises InputError when it was opened without trace=True."""
+        if self.recorder is None:
+            raise InputError("nothing was recorded", fix="open the engine with trace=True, or run with --trace FILE")
+        return self.recorder.trace()
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _several(prompts: Any) -> list[Prompt]:
+    """One prompt or several, as a list: a text, a list of ids and a list of messages are one."""
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer | dict)):
+        return [prompts]
+    return list(prompts)
