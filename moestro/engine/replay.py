@@ -1,0 +1,453 @@
+"""Replays a trace through the same slot table, policies and predictor as the live engine, and counts.
+
+`replay` answers for one setting, `sweep` for every policy at every budget with Belady as the bound and uniform random routing as
+the null. Experts per pass and layer are demanded once, in the order that `table.needed` gives.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moestro.core.errors import InputError
+from moestro.core.experts import ExpertKey
+from moestro.core.layer import ModelFacts
+from moestro.core.method import card_of, catalogue, load
+from moestro.core.trace import Trace
+from moestro.engine.prefetch import Glimpse, Prefetcher
+from moestro.engine.table import Counts, Eviction, Moment, SlotTable, needed
+
+LRU, BELADY, NONE = "engine.evict.lru", "engine.evict.belady", "engine.predict.none"
+
+
+class Demand(NamedTuple):
+    """What one forward pass needs of one layer. rows: the trace's tokens of that pass."""
+
+    moment: Moment
+    keys: list[ExpertKey]
+    rows: slice
+
+
+class Demands:
+    """Every demand of a trace, pass by pass and layer by layer; made once, replayed at any setting."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.list = _demands(trace)
+        self._num_experts = trace.num_experts
+
+    @functools.cached_property
+    def future(self) -> dict[ExpertKey, list[int]]:
+        """For each expert the forward passes that use it, ascending: what Belady and the oracle know."""
+        return future(self.list)
+
+    @functools.cached_property
+    def largest(self) -> tuple[int, ...]:
+        """The most experts that one pass needs of each layer."""
+        out = [0] * len(self._num_experts)
+        for moment, keys, _ in self.list:
+            out[moment.layer] = max(out[moment.layer], len(keys))
+        return tuple(out)
+
+    @functools.cached_property
+    def depths(self) -> list[np.ndarray]:
+        """For each demand the depth of each of its keys in the recency stack of all layers; the largest integer: never used."""
+        return _stack_depths(self._num_experts, self.list)
+
+    @functools.cached_property
+    def depths_in_layer(self) -> list[np.ndarray]:
+        """As `depths`, in a stack per layer."""
+        layers, out = len(self._num_experts), list[np.ndarray]([np.zeros(0)] * len(self.list))
+        for layer in range(layers):
+            out[layer::layers] = _stack_depths(self._num_experts, self.list[layer::layers])
+        return out
+
+
+def _demands(trace: Trace) -> list[Demand]:
+    names = [[ExpertKey(layer, e) for e in range(n)] for layer, n in enumerate(trace.num_experts)]
+    experts_LTK = np.asarray(trace.experts_LTK)
+    sorted_TLK = np.sort(experts_LTK, -1).transpose(1, 0, 2)
+    out: list[Demand] = []
+    for step in trace.steps():
+        alone = step.rows.stop - step.rows.start == 1
+        rows_LK = sorted_TLK[step.rows.start].tolist() if alone else []
+        for layer in range(trace.layers):
+            if alone:
+                keys = [names[layer][e] for e in rows_LK[layer] if e >= 0]
+            else:
+                keys = needed(layer, experts_LTK[layer, step.rows])
+            out.append(Demand(Moment(step.step, layer, step.prefill), keys, step.rows))
+    return out
+
+
+def future(asked: Sequence[Demand]) -> dict[ExpertKey, list[int]]:
+    """For each expert the forward passes that use it, ascending: what Belady and the oracle know."""
+    out: dict[ExpertKey, list[int]] = {}
+    for demand in asked:
+        for key in demand.keys:
+            out.setdefault(key, []).append(demand.moment.step)
+    return out
+
+
+def eviction_factory(
+    name: str, options: Mapping[str, Any] | None = None, future: Mapping[ExpertKey, Sequence[int]] | None = None
+) -> Callable[[int, int], Eviction]:
+    """What `SlotTable` calls to make a policy. Raises InputError for an unknown name or option, or for one that needs the future."""
+    cls = load(name, "eviction")
+    given = dict(options or {})
+    _check_options(cls, given)
+    if "future" in card_of(cls).needs:
+        if future is None:
+            raise InputError(f"{name} knows the future: it is for replay only", fix="choose another eviction policy")
+        return lambda capacity, layers: cls(capacity, layers, future, **given)
+    return lambda capacity, layers: cls(capacity, layers, **given)
+
+
+def make_predictor(
+    name: str,
+    layers: int,
+    num_experts: tuple[int, ...],
+    options: Mapping[str, Any] | None = None,
+    future: Mapping[ExpertKey, Sequence[int]] | None = None,
+) -> Any:
+    """A `Predictor` by name. Raises InputError as `eviction_factory` does."""
+    cls = load(name, "predictor")
+    given = dict(options or {})
+    _check_options(cls, given)
+    if "future" in card_of(cls).needs:
+        if future is None:
+            raise InputError(f"{name} knows the future: it is for replay only", fix="choose another predictor")
+        return cls(layers, num_experts, future, **given)
+    return cls(layers, num_experts, **given)
+
+
+def _check_options(cls: Any, given: Mapping[str, Any]) -> None:
+    known = [option.name for option in card_of(cls).options]
+    if unknown := sorted(set(given) - set(known)):
+        raise InputError(
+            f"{card_of(cls).name} has no option {', '.join(unknown)}",
+            expected=", ".join(known) or "no options",
+            fix="moestro methods",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CacheReport:
+    """Counts of one setting on one trace, prefill and decode apart, and what follows from them.
+
+    slots: as the slot table takes them. layers: decode counts per MoE layer. read_bytes_per_token: missed and prefetched
+    experts of the phase times their size, over its tokens; missed_bytes_per_token: the missed ones alone.
+    """
+
+    eviction: str
+    predictor: str
+    scope: str
+    slots: tuple[int, ...]
+    prefetch: int
+    pinned: int
+    prefill: Counts
+    decode: Counts
+    layers: tuple[Counts, ...]
+    prefill_tokens: int
+    decode_tokens: int
+    missed_bytes: tuple[int, int]  # prefill, decode
+    read_bytes: tuple[int, int]
+    routing: str = "trace"  # or 'uniform': the null
+
+    @property
+    def hit_rate(self) -> float:
+        """Of decode, or of prefill when nothing was decoded."""
+        return (self.decode if self.decode_tokens else self.prefill).hit_rate
+
+    def missed_bytes_per_token(self, *, prefill: bool = False) -> float:
+        """Bytes read because a demand found nothing, per token of the phase."""
+        return self.missed_bytes[not prefill] / max(1, self.prefill_tokens if prefill else self.decode_tokens)
+
+    def read_bytes_per_token(self, *, prefill: bool = False) -> float:
+        """All bytes read, prefetches too, per token of the phase."""
+        return self.read_bytes[not prefill] / max(1, self.prefill_tokens if prefill else self.decode_tokens)
+
+    @property
+    def precision(self) -> float:
+        """Share of prefetched experts that were used before they were evicted; 0 without prefetching."""
+        both = self.prefill + self.decode
+        return both.prefetch_used / both.prefetch_issued if both.prefetch_issued else 0.0
+
+    @property
+    def recall(self) -> float:
+        """Share of what would have been a miss that a prefetch had brought; 0 without prefetching."""
+        both = self.prefill + self.decode
+        missed = both.prefetch_used + both.misses
+        return both.prefetch_used / missed if missed else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, the derived figures included."""
+        said = asdict(self)
+        said |= {"hit_rate": self.hit_rate, "precision": self.precision, "recall": self.recall}
+        for phase in ("prefill", "decode"):
+            prefill = phase == "prefill"
+            said[phase]["hit_rate"] = (self.prefill if prefill else self.decode).hit_rate
+            said[phase]["missed_bytes_per_token"] = self.missed_bytes_per_token(prefill=prefill)
+            said[phase]["read_bytes_per_token"] = self.read_bytes_per_token(prefill=prefill)
+        return said
+
+
+def replay(
+    trace: Trace,
+    slots: Sequence[int],
+    scope: str = "global",
+    eviction: str = LRU,
+    *,
+    eviction_options: Mapping[str, Any] | None = None,
+    predictor: str = NONE,
+    predictor_options: Mapping[str, Any] | None = None,
+    prefetch: int = 0,
+    pinned: Sequence[ExpertKey] = (),
+    expert_bytes: Sequence[int] | None = None,
+    asked: Demands | None = None,
+) -> CacheReport:
+    """Count hits and misses as the live engine would.
+
+    Args:
+        slots, scope, pinned: as `SlotTable` takes them.
+        prefetch: experts asked for ahead per layer; 0 for none.
+        expert_bytes: of one expert, per layer; without it bytes are 0.
+        asked: `Demands(trace)`, if it is there already.
+
+    Raises:
+        InputError: slots, names or options that cannot be.
+    """
+    asked = Demands(trace) if asked is None else asked
+    needs = {
+        need for name, kind in ((eviction, "eviction"), (predictor, "predictor")) for need in card_of(load(name, kind)).needs
+    }
+    ahead = asked.future if "future" in needs else None
+    factory = eviction_factory(eviction, eviction_options, ahead)
+    table = SlotTable(slots, scope, factory, layers=trace.layers, pinned=pinned)
+    guesser = make_predictor(predictor, trace.layers, trace.num_experts, predictor_options, ahead)
+    if prefetch and predictor != NONE:
+        prefetcher = Prefetcher(guesser, table, prefetch)
+        experts_LTK = np.asarray(trace.experts_LTK)
+        ahead_LTK = None if trace.ahead_LTK is None else np.asarray(trace.ahead_LTK)
+        for moment, keys, rows in asked.list:
+            layer = moment.layer
+            for wave in table.waves(keys, moment):
+                if wave.last:
+                    glimpse = None if ahead_LTK is None or layer + 1 == trace.layers else Glimpse(ahead_TW=ahead_LTK[layer, rows])
+                    prefetcher.routed(experts_LTK[layer, rows], moment, glimpse)
+    elif eviction == LRU and not pinned and (counted := _stack_counts(table, asked)):
+        return _report(trace, table, counted, eviction, predictor, 0, pinned, expert_bytes)
+    else:
+        for moment, keys, _ in asked.list:
+            for _ in table.waves(keys, moment):
+                pass
+    decode, prefill = ([table.counts(prefill=p, layer=i) for i in range(trace.layers)] for p in (False, True))
+    return _report(trace, table, (decode, prefill), eviction, predictor, prefetch, pinned, expert_bytes)
+
+
+def _stack_counts(table: SlotTable, asked: Demands) -> tuple[list[Counts], list[Counts]] | None:
+    """LRU's counts (decode, prefill) per layer without simulating, from stack distances; None when a demand needs waves.
+
+    An expert is resident iff fewer than `slots` distinct experts of its pool were used since its own last use, the demand it is
+    part of counting from before. Agrees with the simulation count for count.
+    """
+    layers, shared = table.layers, table.scope == "global"
+    if any(most > table.room(layer) for layer, most in enumerate(asked.largest)):
+        return None
+    decode, prefill = [Counts() for _ in range(layers)], [Counts() for _ in range(layers)]
+    free = list(table.slots)
+    for (moment, keys, _), depths in zip(asked.list, asked.depths if shared else asked.depths_in_layer, strict=True):
+        pool = 0 if shared else moment.layer
+        counts = (prefill if moment.prefill else decode)[moment.layer]
+        misses = int(np.count_nonzero(depths > table.slots[pool]))
+        fills = min(free[pool], misses)
+        free[pool] -= fills
+        counts.demands += len(keys)
+        counts.hits += len(keys) - misses
+        counts.misses += misses
+        counts.evictions += misses - fills
+    return decode, prefill
+
+
+def _stack_depths(num_experts: Sequence[int], asked: Sequence[Demand]) -> list[np.ndarray]:
+    starts = np.concatenate([[0], np.cumsum(num_experts)])
+    used = {layer for (_, layer, _), _, _ in asked}
+    first = int(starts[min(used, default=0)])
+    last = np.zeros(int(starts[max(used, default=0) + 1]) - first, np.int64)  # 0: never
+    never, clock, depths = np.iinfo(np.int64).max, 0, []
+    for moment, keys, _ in asked:
+        ids = np.array([key[1] for key in keys], np.int64) + (starts[moment.layer] - first)
+        mine = last[ids]
+        newer = len(last) - np.searchsorted(np.sort(last), mine)
+        depths.append(np.where(mine > 0, newer, never))
+        last[ids] = np.arange(clock + 1, clock + 1 + len(ids))
+        clock += len(ids)
+    return depths
+
+
+def _report(
+    trace: Trace,
+    table: SlotTable,
+    counted: tuple[list[Counts], list[Counts]],
+    eviction: str,
+    predictor: str,
+    prefetch: int,
+    pinned: Sequence[ExpertKey],
+    expert_bytes: Sequence[int] | None,
+) -> CacheReport:
+    sizes = list(expert_bytes) if expert_bytes is not None else [0] * trace.layers
+    read_in_prompts = int(np.count_nonzero(np.asarray(trace.prefill_T)))
+
+    def total(prefill: bool, attribute: str) -> int:
+        return sum(size * getattr(counts, attribute) for size, counts in zip(sizes, counted[prefill], strict=True))
+
+    return CacheReport(
+        eviction,
+        predictor,
+        table.scope,
+        table.slots,
+        prefetch,
+        len(pinned),
+        sum(counted[True], Counts()),
+        sum(counted[False], Counts()),
+        tuple(counted[False]),
+        read_in_prompts,
+        trace.tokens - read_in_prompts,
+        (total(True, "misses"), total(False, "misses")),
+        (total(True, "loads"), total(False, "loads")),
+    )
+
+
+def uniform_like(trace: Trace, seed: int = 0) -> Trace:
+    """The null: the same passes and slots per token, but experts drawn uniformly without repetition."""
+    rng = np.random.default_rng(seed)
+    experts_LTK = np.full(trace.experts_LTK.shape, -1, np.int16)
+    for layer, n in enumerate(trace.num_experts):
+        used_TK = np.asarray(trace.experts_LTK[layer]) >= 0
+        k = min(used_TK.shape[1], n)
+        drawn_TK = np.argsort(rng.random((trace.tokens, n)), axis=1)[:, :k].astype(np.int16)
+        experts_LTK[layer, :, :k] = drawn_TK
+        experts_LTK[layer][~used_TK] = -1
+    return replace(trace, experts_LTK=experts_LTK, logits_LTE=None, ahead_LTK=None)
+
+
+def policies() -> list[str]:
+    """Every eviction policy that can run live, plainest first: LRU, then by what it needs, its options and its name."""
+    rows = [row for row in catalogue() if row["kind"] == "eviction" and "future" not in row["needs"]]
+    rows.sort(key=lambda row: (row["name"] != LRU, len(row["needs"]), len(row["options"]), row["name"]))
+    return [row["name"] for row in rows]
+
+
+def pins_of(
+    eviction: str, trace: Trace, slots: Sequence[int], scope: str, options: Mapping[str, Any] | None = None
+) -> tuple[ExpertKey, ...]:
+    """The experts that a policy wants pinned, from the trace's counts; () for policies that pin nothing."""
+    cls = load(eviction, "eviction")
+    if "counts" not in card_of(cls).needs:
+        return ()
+    top_k = (np.asarray(trace.experts_LTK) >= 0).sum(-1).max(-1).tolist() if trace.tokens else [1] * trace.layers
+    return cls.pins(trace.counts(), slots, scope, top_k, **dict(options or {}))
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Every report of a sweep. budgets: bytes (0 without facts) and slots in all, ascending."""
+
+    budgets: tuple[tuple[int, int], ...]
+    experts: int
+    reports: tuple[CacheReport, ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per routing and policy: name and the decode hit rate (prefill's, if nothing was decoded) at each budget."""
+        out: dict[tuple[str, str], dict[str, Any]] = {}
+        for report in self.reports:
+            row = out.setdefault(
+                (report.routing, report.eviction), {"routing": report.routing, "eviction": report.eviction, "hit_rate": []}
+            )
+            row["hit_rate"].append(report.hit_rate)
+        return list(out.values())
+
+    def table(self) -> str:
+        """For people: decode hit rate and missed MB per token of each policy at each budget."""
+        width = 16
+        head = "".join(f"{f'{slots} ({100 * slots / self.experts:.0f} %)':>{width}}" for _, slots in self.budgets)
+        lines = [f"{'slots':<28}{head}"]
+        for routing, eviction in dict.fromkeys((r.routing, r.eviction) for r in self.reports):
+            cells = ""
+            for r in self.reports:
+                if (r.routing, r.eviction) == (routing, eviction):
+                    cell = f"{100 * r.hit_rate:.1f} %"
+                    if any(r.missed_bytes):
+                        cell += f" {r.missed_bytes_per_token(prefill=not r.decode_tokens) / 1e6:.1f} MB"
+                    cells += f"{cell:>{width}}"
+            lines.append(f"{routing + ' ' + eviction.rsplit('.', 1)[-1]:<28}{cells}")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "budgets": [{"bytes": size, "slots": slots} for size, slots in self.budgets],
+            "experts": self.experts,
+            "reports": [report.to_json() for report in self.reports],
+        }
+
+
+def sweep(
+    trace: Trace,
+    facts: ModelFacts | None,
+    budgets: Sequence[float],
+    policies_: Sequence[str] | None = None,
+    *,
+    scope: str = "global",
+    null: bool = True,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Sweep:
+    """Every policy at every budget, Belady as the bound, and beside it LRU and Belady on uniform random routing.
+
+    Args:
+        facts: sizes of the model; may be None when all budgets are shares.
+        budgets: of expert memory: up to 1 a share of all experts, above that bytes.
+        policies_: catalogue names; all that run live, and Belady, by default.
+        scope: 'global', or 'layer' with an equal share of slots per layer.
+        progress: called with (runs done, runs in all).
+
+    Raises:
+        InputError: a budget below one token's experts of a layer, or bytes without facts.
+    """
+    from moestro.engine.allocate.uniform import uniform
+
+    experts = sum(trace.num_experts)
+    top_k = (
+        [max(1, n) for n in (np.asarray(trace.experts_LTK) >= 0).sum(-1).max(-1).tolist()] if trace.tokens else [1] * trace.layers
+    )
+    sizes = [layer.expert_bytes for layer in facts.layers] if facts else None
+    slot = max(sizes) if sizes else 0
+    least = max(top_k) if scope == "global" else sum(top_k)
+    sized: set[tuple[int, int]] = set()
+    for budget in budgets:
+        if budget > 1 and not slot:
+            raise InputError(f"a budget of {budget:.0f} bytes without a model", fix="give budgets as shares, such as 0.25")
+        slots = min(experts, int(budget // slot) if budget > 1 else round(budget * experts))
+        if slots < least:
+            raise InputError(f"a budget of {budget:g} gives {slots} expert slots", expected=f"at least {least}")
+        sized.add((slots * slot, slots))
+    names = list(policies_) if policies_ is not None else [*policies(), BELADY]
+    runs = [("trace", trace, name) for name in names]
+    if null:
+        random = uniform_like(trace, seed)
+        runs += [("uniform", random, name) for name in (LRU, BELADY)]
+    cached = {routing: Demands(which) for routing, which in {r: t for r, t, _ in runs}.items()}
+    reports = []
+    for routing, which, name in runs:
+        for _, slots in sorted(sized):
+            split = (slots,) if scope == "global" else uniform(slots, trace.num_experts, top_k)
+            pins = pins_of(name, which, split, scope)
+            done = replay(which, split, scope, name, pinned=pins, expert_bytes=sizes, asked=cached[routing])
+            reports.append(replace(done, routing=routing))
+            if progress:
+                progress(len(reports), len(runs) * len(sized))
+    return Sweep(tuple(sorted(sized)), experts, tuple(reports))
