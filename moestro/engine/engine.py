@@ -179,8 +179,11 @@ class Engine:
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """The tokens that end an answer."""
-        return frozenset(self.tokenizer.eos_ids)
+        """The tokens that end an answer; of a checkpoint without a tokenizer those of its configuration."""
+        if self._tokenizer is not None or (self.checkpoint.path / "tokenizer.json").exists():
+            return frozenset(self.tokenizer.eos_ids)
+        said = self.checkpoint.config.get("eos_token_id")
+        return frozenset(said if isinstance(said, list) else [] if said is None else [said])
 
     # Passes
 
@@ -269,16 +272,22 @@ class Engine:
 
     # What callers use
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> Generation:
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *, text: bool = True
+    ) -> Generation:
         """Answer prompts: a text, token ids, a chat (list of messages), or several of them. Iterate over the result for events.
+
+        Args:
+            text: False gives tokens only and needs no tokenizer.
 
         Raises:
             InputError: at once, for an empty prompt or one that does not fit the context.
         """
         several = _several(prompts)
         params = params or SamplingParams()
-        ids = [self._ids(prompt) for prompt in several]
-        return Generation(self, ids, params)
+        if params.stop and not text:
+            raise InputError("stop strings are given, but no text is made", fix="leave out text=False")
+        return Generation(self, [self._ids(prompt) for prompt in several], params, text=text)
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -324,6 +333,6 @@ def cores() -> int:
 
 def _several(prompts: Any) -> list[Prompt]:
     """One prompt or several, as a list: a text, a list of ids and a list of messages are one."""
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer | dict)):
+    if isinstance(prompts, str) or not len(prompts) or isinstance(prompts[0], int | np.integer | dict):
         return [prompts]
     return list(prompts)
