@@ -122,14 +122,17 @@ def feed_forward(x_TD: torch.Tensor, w: ExpertWeights, spec: ExpertSpec) -> torc
     """y_TD of one expert, unweighted; the arithmetic that `ExpertSpec` defines."""
     import torch.nn.functional as F
 
-    up_TF = F.linear(x_TD, w.up_FD, w.up_F)
-    if not spec.gated:
-        return F.linear(activate(up_TF, spec), w.down_DF, w.down_D)
-    assert w.gate_FD is not None
-    gate_TF = F.linear(x_TD, w.gate_FD, w.gate_F)
+    gate_TF = F.linear(x_TD, w.gate_FD, w.gate_F) if w.gate_FD is not None else None
+    return F.linear(gated(gate_TF, F.linear(x_TD, w.up_FD, w.up_F), spec), w.down_DF, w.down_D)
+
+
+def gated(gate_TF: torch.Tensor | None, up_TF: torch.Tensor, spec: ExpertSpec) -> torch.Tensor:
+    """What goes into an expert's last projection: act(gate) * up, or act(up) without a gate."""
+    if gate_TF is None:
+        return activate(up_TF, spec)
     if spec.activation == "swiglu_clamped":
         gate_TF, up_TF = gate_TF.clamp(max=spec.limit), up_TF.clamp(-spec.limit, spec.limit) + 1
-    return F.linear(activate(gate_TF, spec) * up_TF, w.down_DF, w.down_D)
+    return activate(gate_TF, spec) * up_TF
 
 
 def activate(x: torch.Tensor, spec: ExpertSpec) -> torch.Tensor:

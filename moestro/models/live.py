@@ -58,7 +58,7 @@ def build_trunk(checkpoint: Checkpoint, layout: Layout, dtype: str, experts_fn: 
         CheckpointError: a weight is missing, left over, of another shape, or not a number.
         UnsupportedModel: the class cannot be built in this transformers version.
     """
-    module = skeleton(checkpoint, layout, dtype)
+    module = skeleton(checkpoint, layout.facts.dtype if dtype == "auto" else dtype)
     for seam in seams(module, layout):
         seam.connect(_bind(experts_fn, seam.facts.ordinal))
     load_trunk(module, checkpoint, layout)
@@ -69,15 +69,14 @@ def _bind(experts_fn: ExpertsFn, ordinal: int) -> Callable[[Any, Any, Any], Any]
     return lambda hidden, index, weights: experts_fn(ordinal, hidden, index, weights)
 
 
-def skeleton(checkpoint: Checkpoint, layout: Layout, dtype: str = "auto") -> Any:
-    """The transformers module, its matrices on the meta device, its computed buffers real. Nothing is read."""
+def skeleton(checkpoint: Checkpoint, dtype: str) -> Any:
+    """The transformers module in `dtype`, its matrices on the meta device, its computed buffers real. Nothing is read."""
     import torch
     from transformers import initialization
 
     cls, config = model_class(checkpoint)
-    target = getattr(torch, layout.facts.dtype if dtype == "auto" else dtype)
     with torch.no_grad(), initialization.no_init_weights(), _matrices_on_meta():
-        module = cls._from_config(config, dtype=target)
+        module = cls._from_config(config, dtype=getattr(torch, dtype))
     lost = {name for name, buffer in module.named_buffers() if buffer.device.type == "meta"} - set(module.state_dict())
     if lost:
         raise UnsupportedModel(f"{cls.__name__} computes {sorted(lost)[0]} when it is built, in a way moestro cannot follow")
@@ -87,6 +86,7 @@ def skeleton(checkpoint: Checkpoint, layout: Layout, dtype: str = "auto") -> Any
 
 def model_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
     """The transformers class for causal language modelling and its configuration. Raises UnsupportedModel."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -104,7 +104,12 @@ def model_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
             expected="a Mixture-of-Experts model that transformers knows",
             fix="pip install --upgrade transformers",
         )
-    config = CONFIG_MAPPING[model_type].from_dict(data)
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(data)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"transformers cannot use {checkpoint.path / 'config.json'}: {error}", fix="download it again"
+        ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModel(f"transformers has no causal language model for {model_type!r}", expected="a text model")
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config
@@ -179,9 +184,9 @@ def _route_densely_scored(seam: Seam) -> None:
     def forward(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x_TD = hidden_states.reshape(-1, seam.facts.spec.d_model)
         scores_TE, logits_TE = block.router(x_TD)
-        # The router's scores are sigmoid(-inf) = 0 outside the top k; its own top-k of the logits names the chosen.
-        index_TK = torch.topk(logits_TE, top_k, dim=1).indices
-        routed = experts.moestro_fn(x_TD, index_TK, scores_TE.gather(1, index_TK))
+        # Scores outside the router's own top k are sigmoid(-inf) = 0; a chosen one that underflows to 0 adds nothing either.
+        weights_TK, index_TK = torch.topk(scores_TE, top_k, dim=1)
+        routed = experts.moestro_fn(x_TD, index_TK, weights_TK)
         return block.shared_expert(x_TD) + routed, logits_TE
 
     block.forward = forward

@@ -33,7 +33,7 @@ def open_model(model: str | Path | Checkpoint, dtype: str = "auto") -> Model:
     """
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
     layout = describe(checkpoint)
-    module = skeleton(checkpoint, layout, dtype)
+    module = skeleton(checkpoint, layout.facts.dtype if dtype == "auto" else dtype)
     found = seams(module, layout)
     for seam in found:
         Stacked(seam).fill(checkpoint, layout, seam.facts.ordinal)

@@ -8,7 +8,7 @@ from types import ModuleType
 from moestro.core.errors import UnsupportedModel
 from moestro.models.checkpoint import Checkpoint
 from moestro.models.families.block import layout
-from moestro.models.families.settings import Settings
+from moestro.models.families.settings import Settings, plain
 from moestro.models.layout import Layout
 
 BLOCKS = ("softmax", "deepseek", "gpt_oss", "granite", "phi", "llama4", "lfm2", "ernie", "minimax")
@@ -24,11 +24,9 @@ def describe(checkpoint: Checkpoint) -> Layout:
     settings = settings_of(checkpoint)
     family = family_of(settings.model_type)
     if family is None:
-        raise UnsupportedModel(
-            f"moestro has no description of model_type {settings.model_type!r}",
-            expected="one of " + ", ".join(known()),
-            fix="use a model of one of these families",
-        )
+        from moestro.models.families.structural import describe as from_structure
+
+        return from_structure(checkpoint, settings)
     return layout(checkpoint, settings, family.block(settings))
 
 
@@ -42,7 +40,7 @@ def settings_of(checkpoint: Checkpoint) -> Settings:
     where = str(checkpoint.path / "config.json")
     if not config.get("model_type"):
         raise UnsupportedModel(f"{where} does not say its model_type", expected="a transformers model")
-    return Settings(config, where)
+    return Settings(plain(config), where)
 
 
 def known() -> tuple[str, ...]:

@@ -87,3 +87,12 @@ class Settings:
         if default is not None and "head_dim" not in self.data:
             return default
         return self.integer("head_dim", default=self.integer("hidden_size") // self.integer("num_attention_heads"))
+
+
+def plain(data: Any) -> Any:
+    """The data with transformers' {"__float__": "Infinity"} replaced by the number."""
+    if isinstance(data, dict):
+        if set(data) == {"__float__"} and data["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(data["__float__"])
+        return {key: plain(value) for key, value in data.items()}
+    return [plain(value) for value in data] if isinstance(data, list) else data
