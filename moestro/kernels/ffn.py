@@ -42,7 +42,7 @@ class Matrix:
 
     def __post_init__(self) -> None:
         data, scales = self.data, self.scales
-        if _DTYPES.get(self.format) != data.dtype.name or data.ndim != 2 or (data.size and data.strides[1] != data.itemsize):
+        if _DTYPES.get(self.format) != data.dtype.name or data.ndim != 2 or not _contiguous_rows(data):
             raise ValueError(f"not a {self.format} matrix: {data.dtype} {data.shape}, strides {data.strides}")
         if self.format in ("f32", "f16", "bf16"):
             return
@@ -54,7 +54,7 @@ class Matrix:
         if scales is None or scales.dtype.name not in kinds or scales.shape != (self.rows, self.cols // self.group):
             found = None if scales is None else f"{scales.dtype} {scales.shape}"
             raise ValueError(f"{self.format} {self.shape} needs scales [{self.rows}, {self.cols // self.group}], found {found}")
-        if scales.size and scales.strides[1] != scales.itemsize:
+        if not _contiguous_rows(scales):
             raise ValueError("a row of scales must be contiguous")
 
     @property
@@ -90,7 +90,7 @@ class Matrix:
             scales = np.where(self.scales == 255, np.float32(np.nan), np.ldexp(np.float32(1), self.scales.astype(np.int32) - 127))
         else:
             scales = self.scales
-        grouped = values.reshape(self.rows, -1, self.group)
+        grouped = values.reshape(self.rows, self.cols // self.group, self.group)
         grouped *= scales.astype(np.float32)[:, :, None]
         return values
 
@@ -172,7 +172,7 @@ def grouped_ffn(
     rows_N, starts_G1 = np.ascontiguousarray(rows_N, np.int64), np.ascontiguousarray(starts_G1, np.int64)
     assert len(starts_G1) == len(experts) + 1 and starts_G1[0] == 0 and starts_G1[-1] == pairs
     assert x_TD.dtype == out_ND.dtype == np.float32 and out_ND.shape == (pairs, x_TD.shape[1])
-    assert x_TD.strides[1] == out_ND.strides[1] == 4 or x_TD.shape[1] == 1 or not pairs, "a row must be contiguous"
+    assert _contiguous_rows(x_TD) and _contiguous_rows(out_ND)
     if not pairs:
         return
     assert rows_N.min() >= 0 and rows_N.max() < len(x_TD) and (len(starts_G1) < 3 or np.diff(starts_G1).min() >= 0)
@@ -258,6 +258,10 @@ def activate(gate: np.ndarray | None, up: np.ndarray, activation: str, limit: fl
         if activation == "relu2":
             h = h * h
     return h if gate is None else h * up
+
+
+def _contiguous_rows(array: np.ndarray) -> bool:
+    return array.size == 0 or array.shape[1] == 1 or array.strides[1] == array.itemsize
 
 
 _ERF = np.vectorize(math.erf, otypes=[np.float64])

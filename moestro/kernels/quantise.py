@@ -8,6 +8,7 @@ from moestro.kernels import native
 from moestro.kernels.ffn import GROUPS, Matrix
 
 _MXFP4 = 32
+_TOO_LARGE = "these weights are too large for float16 scales; expected scale_dtype='float32'"
 
 
 def encode_int8(w_RC: np.ndarray, group: int = 64, *, scale_dtype: str = "float32") -> Matrix:
@@ -60,7 +61,9 @@ def _encode(w_RC: np.ndarray, format: str, group: int, scale_dtype: np.dtype) ->
     scales = np.empty((rows, cols // group), scale_dtype)
     kind = ("int8", "int4", "mxfp4").index(format)
     half = scale_dtype == np.float16
-    module.quantise(w_RC.ctypes.data, rows, cols, kind, group, data.ctypes.data, scales.ctypes.data, half, native.cores())
+    places = (data.ctypes.data, scales.ctypes.data)
+    if not module.quantise(w_RC.ctypes.data, rows, cols, kind, group, *places, half, native.cores()):
+        raise ValueError(_TOO_LARGE)
     return Matrix(data, format, scales, group)
 
 
@@ -76,7 +79,7 @@ def reference_encode(w_RC: np.ndarray, format: str, group: int, scale_dtype: np.
     with np.errstate(over="ignore"):  # a scale beyond float16 is caught below
         scales = (np.abs(top) / np.float32(127) if format == "int8" else top / np.float32(-8)).astype(scale_dtype)
     if not np.isfinite(scales).all():
-        raise ValueError("these weights are too large for float16 scales; expected scale_dtype='float32'")
+        raise ValueError(_TOO_LARGE)
     exact = scales.astype(np.float32)
     safe = np.where(exact == 0, np.float32(1), exact)
     whole = np.rint(np.where(exact == 0, np.float32(0), grouped / safe))

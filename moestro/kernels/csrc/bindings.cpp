@@ -1,0 +1,147 @@
+// The only file that knows Python. Addresses come as integers: the Python side has checked dtypes, shapes and strides.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <system_error>
+
+#include "kernels.hpp"
+#include "level.hpp"
+#include "reader.hpp"
+
+namespace nb = nanobind;
+using namespace moestro;
+
+namespace {
+
+using Address = uintptr_t;
+using Unlocked = nb::gil_scoped_release;
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+using Packed = std::array<int64_t, 9>;  // Matrix.pack()
+
+MatrixRef matrix(const Packed& p) {
+    return {static_cast<Format>(p[0]), at<const uint8_t>(static_cast<Address>(p[1])), p[2], p[3], p[4],
+            at<const uint8_t>(static_cast<Address>(p[5])), p[6], p[7] != 0, static_cast<int>(p[8])};
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.doc() = "Native kernels; use the modules of moestro.kernels instead.";
+    m.def("levels", &levels);
+    m.def("level", [] { return std::string(current().name); });
+    m.def("set_level", &set_level);
+
+    nb::class_<Expert>(m, "Expert").def(
+        "__init__",
+        [](Expert* self, const std::optional<Packed>& gate, const Packed& up, const Packed& down, Address gate_bias, Address up_bias,
+           Address down_bias) {
+            new (self) Expert{gate.has_value(), matrix(gate.value_or(up)), matrix(up), matrix(down), at<const float>(gate_bias),
+                              at<const float>(up_bias), at<const float>(down_bias)};
+        },
+        nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+
+    m.def("grouped_ffn", [](Address x, int64_t x_stride, Address rows, Address starts, nb::list experts, int activation, float limit,
+                            float alpha, Address out, int64_t out_stride, Address input_weight, int threads) {
+        FfnCall call{at<const float>(x), x_stride, at<const int64_t>(rows), at<const int64_t>(starts), {},
+                     static_cast<Activation>(activation), limit, alpha, at<float>(out), out_stride,
+                     at<const float>(input_weight), std::max(1, threads)};
+        call.experts.reserve(experts.size());
+        for (nb::handle expert : experts) call.experts.push_back(nb::cast<const Expert*>(expert));
+        Unlocked unlocked;
+        grouped_ffn(call);
+    });
+    m.def("ffn_scratch_bytes", &ffn_scratch_bytes);
+
+    m.def("combine", [](Address out, Address token, Address slot, Address weight, Address y, int64_t pairs, int64_t tokens,
+                        int64_t width, int64_t slots, int threads) {
+        Unlocked unlocked;
+        combine(at<const float>(out), at<const int64_t>(token), at<const int64_t>(slot), at<const float>(weight), at<float>(y), pairs,
+                tokens, width, slots, threads);
+    });
+    m.def("topk", [](Address scores, int64_t tokens, int64_t experts, int64_t k, Address ids, Address values) {
+        Unlocked unlocked;
+        topk(at<const float>(scores), tokens, experts, k, at<int64_t>(ids), at<float>(values));
+    });
+    m.def("sort_pairs", [](Address experts, Address weights, Address token, Address slot, Address expert, Address weight,
+                           Address starts, int64_t tokens, int64_t slots, int64_t num_experts) {
+        Unlocked unlocked;
+        sort_pairs(at<const int64_t>(experts), at<const float>(weights), at<int64_t>(token), at<int64_t>(slot), at<int64_t>(expert),
+                   at<float>(weight), at<int64_t>(starts), tokens, slots, num_experts);
+    });
+    m.def("quantise", [](Address w, int64_t rows, int64_t cols, int kind, int group, Address data, Address scales, bool half,
+                         int threads) {
+        Unlocked unlocked;
+        return quantise(at<const float>(w), rows, cols, kind, group, at<void>(data), at<void>(scales), half, threads);
+    });
+    m.def("to_f32", [](Address values, Address out, int64_t count, bool half, int threads) {
+        Unlocked unlocked;
+        to_f32(at<const uint16_t>(values), at<float>(out), count, half, threads);
+    });
+    m.def("to_bf16", [](Address values, Address out, int64_t count, int threads) {
+        Unlocked unlocked;
+        to_bf16(at<const float>(values), at<uint16_t>(out), count, threads);
+    });
+    m.def("transpose", [](Address in, int64_t stride, int64_t step, int64_t rows, int64_t cols, int item, Address out, int threads) {
+        Unlocked unlocked;
+        transpose(at<const void>(in), stride, step, rows, cols, item, at<void>(out), threads);
+    });
+    m.def("read_bandwidth", [](Address buffer, int64_t bytes, double seconds, int threads) {
+        Unlocked unlocked;
+        return read_bandwidth(at<const void>(buffer), bytes, seconds, threads);
+    });
+
+    using Request = std::tuple<int64_t, int64_t, int64_t, Address>;
+    nb::class_<Queue>(m, "Queue")
+        .def(nb::init<int, bool, int64_t>())
+        .def("add",
+             [](Queue& self, const std::string& path) {
+                 try {
+                     return self.add(path);
+                 } catch (const std::system_error& error) {
+                     errno = error.code().value();
+                     PyErr_SetFromErrnoWithFilename(PyExc_OSError, path.c_str());
+                     throw nb::python_error();
+                 }
+             })
+        .def("reserve", &Queue::reserve)
+        .def("submit",
+             [](Queue& self, int64_t ticket, const std::vector<Request>& reads, bool urgent) {
+                 std::vector<ReadRequest> requests;
+                 requests.reserve(reads.size());
+                 for (auto& [file, offset, bytes, into] : reads) requests.push_back({file, offset, bytes, at<char>(into)});
+                 Unlocked unlocked;
+                 self.submit(ticket, requests, urgent);
+             })
+        .def("reap", &Queue::reap)
+        .def("wait",
+             [](Queue& self, int64_t ticket) {
+                 int code = 0;
+                 std::string message;
+                 for (;;) {
+                     bool ended;
+                     {
+                         Unlocked unlocked;
+                         ended = self.wait(ticket, std::chrono::milliseconds(100), code, message);
+                     }
+                     if (ended) return std::make_pair(code, message);
+                     if (PyErr_CheckSignals() != 0) throw nb::python_error();  // Ctrl-C
+                 }
+             })
+        .def("done", &Queue::done)
+        .def("promote", &Queue::promote)
+        .def("close", &Queue::close, nb::call_guard<Unlocked>())
+        .def_prop_ro("bytes_read", &Queue::bytes_read)
+        .def_prop_ro("seconds_busy", &Queue::seconds_busy);
+}

@@ -1,0 +1,31 @@
+// The remaining kernels: plain pointers, sizes and strides.
+#pragma once
+#include <cstdint>
+
+namespace moestro {
+
+// y[t] = sum in slot order of weight * row over the pairs of token t; zeros without pairs.
+void combine(const float* out, const int64_t* token, const int64_t* slot, const float* weight, float* y, int64_t pairs,
+             int64_t tokens, int64_t width, int64_t slots, int threads);
+
+// The k largest of each row, descending, ties to the lower id, not-a-number last.
+void topk(const float* scores, int64_t tokens, int64_t experts, int64_t k, int64_t* ids, float* values);
+
+// Counting sort of the slots with id >= 0 by expert; starts has num_experts + 1 places.
+void sort_pairs(const int64_t* experts, const float* weights, int64_t* token, int64_t* slot, int64_t* expert, float* weight,
+                int64_t* starts, int64_t tokens, int64_t slots, int64_t num_experts);
+
+// kind 0 int8, 1 int4, 2 mxfp4. Returns false when a float16 scale would overflow.
+bool quantise(const float* w, int64_t rows, int64_t cols, int kind, int group, void* data, void* scales, bool half_scales,
+              int threads);
+
+void to_f32(const uint16_t* values, float* out, int64_t count, bool half, int threads);
+void to_bf16(const float* values, uint16_t* out, int64_t count, int threads);
+
+// out[c][r] = in[r][c * step]; row stride in bytes, items of 1, 2 or 4 bytes.
+void transpose(const void* in, int64_t stride, int64_t step, int64_t rows, int64_t cols, int item, void* out, int threads);
+
+// Bytes per second of the best pass over the buffer within about `seconds`.
+double read_bandwidth(const void* buffer, int64_t bytes, double seconds, int threads);
+
+}  // namespace moestro

@@ -1,0 +1,82 @@
+// Weights to int8, int4 and MXFP4; the same bytes as the numpy reference.
+#include <atomic>
+#include <cmath>
+
+#include "half.hpp"
+#include "kernels.hpp"
+#include "pool.hpp"
+
+namespace moestro {
+namespace {
+
+float largest(const float* w, int group) {  // the first element of largest magnitude, with its sign
+    float top = w[0];
+    for (int i = 1; i < group; ++i)
+        if (std::fabs(w[i]) > std::fabs(top)) top = w[i];
+    return top;
+}
+
+float limited(float value, float low, float high) { return value < low ? low : value > high ? high : value; }
+
+uint8_t e2m1(float value) {
+    const float size = std::fabs(value);
+    const int code = (size > 0.25f) + (size >= 0.75f) + (size > 1.25f) + (size >= 1.75f) + (size > 2.5f) + (size >= 3.5f) + (size > 5.0f);
+    return static_cast<uint8_t>(code | (std::signbit(value) ? 8 : 0));
+}
+
+// False when a scale is not finite.
+bool scaled_group(const float* w, int kind, int group, uint8_t* data, void* scales, int64_t index, bool half) {
+    float scale = kind == 0 ? std::fabs(largest(w, group)) / 127.0f : largest(w, group) / -8.0f;
+    if (half) {
+        const uint16_t bits = to_half(scale);
+        static_cast<uint16_t*>(scales)[index] = bits;
+        scale = from_half(bits);
+        if (!std::isfinite(scale)) return false;
+    } else {
+        static_cast<float*>(scales)[index] = scale;
+    }
+    auto whole = [&](int i, float low, float high) { return scale == 0 ? 0.0f : limited(std::nearbyintf(w[i] / scale), low, high); };
+    if (kind == 0) {
+        for (int i = 0; i < group; ++i) data[i] = static_cast<uint8_t>(static_cast<int8_t>(whole(i, -127, 127)));
+    } else {
+        for (int i = 0; i < group; i += 2) {
+            const int low = static_cast<int>(whole(i, -8, 7)) + 8, high = static_cast<int>(whole(i + 1, -8, 7)) + 8;
+            data[i / 2] = static_cast<uint8_t>(low | high << 4);
+        }
+    }
+    return true;
+}
+
+void mxfp4_group(const float* w, int group, uint8_t* data, uint8_t* scale) {
+    const float top = largest(w, group);
+    int exponent = 0;
+    if (top != 0) {
+        std::frexp(top, &exponent);  // top = m * 2^exponent with m in [0.5, 1)
+        exponent = static_cast<int>(limited(static_cast<float>(exponent - 3), -127, 127)) + 127;
+    }
+    *scale = static_cast<uint8_t>(exponent);
+    for (int i = 0; i < group; i += 2) {
+        const uint8_t low = e2m1(std::ldexp(w[i], 127 - exponent)), high = e2m1(std::ldexp(w[i + 1], 127 - exponent));
+        data[i / 2] = static_cast<uint8_t>(low | high << 4);
+    }
+}
+
+}  // namespace
+
+bool quantise(const float* w, int64_t rows, int64_t cols, int kind, int group, void* data, void* scales, bool half_scales,
+              int threads) {
+    std::atomic<bool> good{true};
+    const int64_t groups = cols / group, bytes = kind == 0 ? group : group / 2;
+    parallel(threads, rows, std::max<int64_t>(1, (16 << 10) / std::max<int64_t>(1, cols)), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * groups; i < end * groups; ++i) {
+            auto* to = static_cast<uint8_t*>(data) + i * bytes;
+            if (kind == 2)
+                mxfp4_group(w + i * group, group, to, static_cast<uint8_t*>(scales) + i);
+            else if (!scaled_group(w + i * group, kind, group, to, scales, i, half_scales))
+                good.store(false, std::memory_order_relaxed);
+        }
+    });
+    return good.load();
+}
+
+}  // namespace moestro
