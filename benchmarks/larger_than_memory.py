@@ -25,6 +25,7 @@ from typing import Any
 
 import limits
 import peers
+import picture
 import shapes
 
 HERE = Path(__file__).resolve().parent
@@ -299,74 +300,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Decoding rate and bytes per token by budget, one column of panels per kind of routing."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [r for r in report["summary"] if "error" not in r]
-    kinds = list(dict.fromkeys(r["locality"] for r in rows))
-    names = list(dict.fromkeys(r["contender"] for r in rows))
-    colours = {"moestro": "#0b7a75", "llama.cpp": "#d98e04", "accelerate": "#8d99ae"}
-    figure, axes = plt.subplots(2, len(kinds), figsize=(4.8 * len(kinds) + 0.6, 6.4), squeeze=False, sharey="row")
-    titles = {k: f"{k}: {100 * report['overlap'][k]:.0f} % of experts recur" for k in kinds}
-    for column, kind in enumerate(kinds):
-        budgets = sorted({r["budget"] for r in rows if r["locality"] == kind})
-        for line, (key, scale, label) in enumerate(
-            (("decode_rate", 1.0, "decode, tokens/s"), ("read_per_token", 1e-6, "read from disk, MB per token"))
-        ):
-            ax = axes[line][column]
-            width = 0.8 / len(names)
-            for i, name in enumerate(names):
-                found = {
-                    r["budget"]: r for r in rows if r["contender"] == name and r["locality"] == kind and r.get(key) is not None
-                }
-                at = [x + (i - (len(names) - 1) / 2) * width for x, b in enumerate(budgets) if b in found]
-                mine = [found[b] for b in budgets if b in found]
-                high = [r[key] * scale for r in mine]
-                spread = [
-                    [h - r[key + "_range"][0] * scale for h, r in zip(high, mine)],
-                    [r[key + "_range"][1] * scale - h for h, r in zip(high, mine)],
-                ]
-                ax.bar(at, high, width * 0.92, label=name, color=colours.get(name), yerr=spread, error_kw={"lw": 1, "capsize": 2})
-                for x, h in zip(at, high):
-                    ax.annotate(
-                        f"{h:.3g}", (x, h), ha="center", va="bottom", fontsize=8, xytext=(0, 3), textcoords="offset points"
-                    )
-                if key == "decode_rate" and name == "moestro":
-                    for x, r in zip(at, mine):
-                        if r.get("bound_ratio"):
-                            bound = r[key] / r["bound_ratio"]
-                            ax.plot(
-                                [x - width / 2, x + width / 2],
-                                [bound, bound],
-                                color="black",
-                                lw=1.4,
-                                label="_" if x != at[0] else "missed bytes / disk rate",
-                            )
-            ax.set_xticks(
-                range(len(budgets)), [f"{b / 2**30:.1f} GiB\n({100 * b / report['checkpoint_bytes']:.0f} %)" for b in budgets]
-            )
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.margins(y=0.15)
-            if line == 0:
-                ax.set_title(titles[kind], fontsize=10)
-            if column == 0:
-                ax.set_ylabel(label)
-    axes[0][0].legend(frameon=False, fontsize=8)
-    machine = report["machine"]
-    figure.suptitle(
-        f"{report['checkpoint_bytes'] / 1e9:.1f} GB checkpoint under a kernel memory limit\n"
-        f"{machine['cpu']}, {report['threads']} threads, disk {report['disk_rate'] / 1e9:.2f} GB/s, read-ahead {report['read_ahead_kib']} KiB",
-        fontsize=10,
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 def versions() -> dict[str, str]:
     out = {"python": sys.version.split()[0]}
     for name in ("moestro", "numpy", "torch", "transformers", "accelerate", "safetensors", "llama-cpp-python", "gguf"):
@@ -505,7 +438,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         "verdict": verdict(rows),
                     }
                     shapes.write_json(out, {**report, "accelerate_settings_tried": tried, "runs": runs})
-    plot(report, out.with_suffix(".png"))
+    picture.plot(report, out.with_suffix(".png"))
     print(table(report["summary"]))
     for line in report["verdict"]:
         print(json.dumps(line))

@@ -1,0 +1,80 @@
+"""The picture of larger_than_memory's results. `python picture.py RESULTS.json` draws it again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+COLOURS = {"moestro": "#0b7a75", "llama.cpp": "#d98e04", "accelerate": "#8d99ae"}
+PANELS = (("decode_rate", 1.0, "decode, tokens/s"), ("read_per_token", 1e-9, "read from disk, GB per token"))
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Decoding rate and bytes per token by budget, one column of panels per kind of routing; bars are medians, whiskers ranges."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in report["summary"] if "error" not in r]
+    kinds = list(dict.fromkeys(r["locality"] for r in report["summary"]))
+    names = list(dict.fromkeys(r["contender"] for r in report["summary"]))
+    figure, axes = plt.subplots(len(PANELS), len(kinds), figsize=(4.8 * len(kinds) + 0.6, 6.4), squeeze=False, sharey="row")
+    for column, kind in enumerate(kinds):
+        for line, (key, scale, label) in enumerate(PANELS):
+            ax = axes[line][column]
+            budgets = sorted({r["budget"] for r in report["summary"] if r["locality"] == kind})
+            _bars(ax, [r for r in rows if r["locality"] == kind and r.get(key) is not None], budgets, names, key, scale)
+            ticks = [f"{b / 2**30:.1f} GiB\n({100 * b / report['checkpoint_bytes']:.0f} %)" for b in budgets]
+            ax.set_xticks(range(len(budgets)), ticks)
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.margins(y=0.15)
+            if line == 0:
+                ax.set_title(f"{kind}: {100 * report['overlap'][kind]:.0f} % of experts recur", fontsize=10)
+            if column == 0:
+                ax.set_ylabel(label)
+    axes[0][0].legend(frameon=False, fontsize=8)
+    machine = report["machine"]
+    how = "a kernel memory limit" if report["kernel_limit"] else "no limit"
+    figure.suptitle(
+        f"{report['checkpoint_bytes'] / 1e9:.1f} GB checkpoint under {how}\n"
+        f"{machine['cpu']}, {report['threads']} threads, disk {report['disk_rate'] / 1e9:.2f} GB/s, "
+        f"read-ahead {report['read_ahead_kib']} KiB",
+        fontsize=10,
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _bars(ax: Any, rows: list[dict[str, Any]], budgets: list[int], names: list[str], key: str, scale: float) -> None:
+    width = 0.8 / len(names)
+    label: str | None = "missed bytes / disk rate"
+    for i, name in enumerate(names):
+        mine = [r for r in rows if r["contender"] == name]
+        at = [budgets.index(r["budget"]) + (i - (len(names) - 1) / 2) * width for r in mine]
+        ax.bar(at, [r[key] * scale for r in mine], width * 0.92, label=name, color=COLOURS.get(name))
+        for x, r in zip(at, mine):
+            low, top = (v * scale for v in r[key + "_range"])
+            ax.plot([x, x], [low, top], color="black", lw=1)
+            note: dict[str, Any] = {
+                "xytext": (0, 3),
+                "textcoords": "offset points",
+                "ha": "center",
+                "va": "bottom",
+                "fontsize": 8,
+            }
+            text, at_y = f"{r[key] * scale:.2f}", top
+            if key == "decode_rate" and r.get("bound_ratio"):
+                bound = r[key] / r["bound_ratio"]
+                ax.plot([x - width / 2, x + width / 2], [bound, bound], color="crimson", lw=1.6, label=label)
+                label, at_y = None, 0.0  # at the bar's foot: above the bar it would read as the bound's value
+                note["color"] = "white"
+            ax.annotate(text, (x, at_y), **note)
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1])
+    plot(json.loads(source.read_text()), source.with_suffix(".png"))
