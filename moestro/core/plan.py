@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from abc import ABC, abstractmethod
@@ -85,7 +86,8 @@ class Plan(ABC):
             temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise StorageError(f"cannot write the plan {path}: {error}", fix="choose another --output") from error
 
     def diff(self, other: Plan) -> list[tuple[str, Any, Any]]:
@@ -106,16 +108,17 @@ def _difference(at: str, a: Any, b: Any) -> list[tuple[str, Any, Any]]:
 
 def read_plan(path: str | Path) -> Plan:
     """The plan in a JSON file, as its own class. Raises PlanError."""
+    from moestro.core.plans.construction import ConstructionPlan
     from moestro.core.plans.residency import ResidencyPlan
 
-    kinds: dict[str, type[Plan]] = {cls.kind: cls for cls in (ResidencyPlan,)}
+    kinds: dict[str, type[Plan]] = {cls.kind: cls for cls in (ResidencyPlan, ConstructionPlan)}
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise PlanError(f"there is no plan at {path}", fix="make one with `moestro plan`") from error
     except (OSError, ValueError) as error:
         raise PlanError(f"{path} is not a readable plan: {error}", fix="make it again with `moestro plan`") from error
-    if not isinstance(data, dict) or data.get("kind") not in kinds:
+    if not isinstance(data, dict) or str(data.get("kind")) not in kinds:
         raise PlanError(
             f"{path} is not a plan", expected=f"a plan of kind {', '.join(kinds)}", fix="make one with `moestro plan`"
         )

@@ -1,0 +1,1 @@
+"""Make an MoE from dense models."""

@@ -1,0 +1,1 @@
+"""Upcycling: a dense model's feed-forward becomes experts."""
