@@ -1,0 +1,75 @@
+"""`moestro apply`: carry out a plan. What was interrupted continues with the same command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moestro.cli.arguments import Json, Quiet
+from moestro.cli.output import emit, progress, size
+
+if TYPE_CHECKING:
+    from moestro.core.plans.residency import ResidencyPlan
+
+EPILOG = """Examples:
+
+\b
+  moestro apply plan.json -o ./store                  pack the experts as the plan says
+  moestro apply plan.json -o ./store --codec int8-64  smaller records, other numbers: runs then say SHRUNK
+  moestro run MODEL "Hello" --memory 4GiB --store ./store"""
+
+
+def apply(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file made by `moestro plan`.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the result goes.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option(help="Where the model is now, if not where the plan says.", show_default=False)
+    ] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="Pack with this codec: stored, bf16, f16, f32, mxfp4, int8 or int4.", show_default=False)
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Do what a plan says. A residency plan packs the model's experts, one aligned record each, for faster reads."""
+    from moestro.core.errors import PlanError
+    from moestro.core.plan import read_plan
+    from moestro.core.plans.residency import ResidencyPlan
+
+    read = read_plan(plan)
+    if not isinstance(read, ResidencyPlan):
+        raise PlanError(
+            f"{plan} is a {read.kind} plan", expected="a residency plan", fix="moestro plan residency MODEL --memory SIZE"
+        )
+    done = pack(read, output, model, codec, quiet)
+    if as_json:
+        emit(done)
+    else:
+        print(f"{done['experts']} experts packed as {done['codec']} in {done['output']}, {size(done['bytes'])}")
+
+
+def pack(plan: ResidencyPlan, output: Path, model: str | None, codec: str | None, quiet: bool) -> dict[str, Any]:
+    """Pack the experts of the plan's model into `output` and say what was written."""
+    from dataclasses import replace
+
+    from moestro.engine import pack as packing
+    from moestro.models.checkpoint import Checkpoint
+    from moestro.models.families import describe
+
+    checkpoint = Checkpoint.open(model or plan.subjects[0].path)
+    layout = describe(checkpoint)
+    plan = replace(plan, codec=codec or plan.codec)
+    with progress("packing", "experts", quiet) as report:
+        folder = packing.apply(plan, checkpoint, layout, output, report)
+    return {
+        "output": str(folder),
+        "codec": plan.codec,
+        "experts": sum(layer.num_experts for layer in layout.facts.layers),
+        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+    }
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog=EPILOG)(apply)
