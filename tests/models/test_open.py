@@ -284,6 +284,15 @@ UNWRITTEN = {
     "solar_open": PLAIN | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     "qwen3_next": PLAIN | LINEAR | {"num_hidden_layers": 4, "shared_expert_intermediate_size": 16},
     "mellum": PLAIN,
+    "nemotron_h": PLAIN  # experts without a gate
+    | {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "layers_block_type": ["mamba", "moe", "attention"],
+    }
+    | {"moe_shared_expert_intermediate_size": 16, "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 2},
 }
 
 
@@ -311,7 +320,8 @@ def test_a_class_without_a_file_works_from_its_structure(model_type, tmp_path):
     torch.testing.assert_close(logits(model), wanted, atol=1e-4, rtol=0)
     for layer in model.layers:
         x_TD = torch.randn(5, layer.facts.spec.d_model)
-        out = reference.model.layers[layer.facts.index].mlp(x_TD[None])
+        decoder = reference.model.layers[layer.facts.index]
+        out = (decoder.mlp if hasattr(decoder, "mlp") else decoder.mixer)(x_TD[None])
         torch.testing.assert_close(layer.run(x_TD, layer.route(x_TD)), out.reshape(5, -1), atol=1e-5, rtol=0)
 
 
