@@ -1,0 +1,423 @@
+"""Plans what stays in memory: spends a budget on runtime, trunk, KV cache, buffers and expert slots, and chooses policies by replay.
+
+`decide` is pure: numbers in, plan out. `plan_residency` measures the numbers on a checkpoint's headers and disk, and loads nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moestro.core.errors import BudgetError, InputError
+from moestro.core.experts import ExpertKey
+from moestro.core.layer import ModelFacts
+from moestro.core.method import card_of, load
+from moestro.core.plan import Subject
+from moestro.core.plans.residency import Forecast, Memory, ResidencyPlan
+from moestro.core.trace import Trace
+from moestro.engine.allocate.demand import demand, working_set
+from moestro.engine.allocate.shallow import shallow
+from moestro.engine.allocate.uniform import uniform
+from moestro.engine.forecast import REPEATED, assumed_hit_rate, compute_seconds, forecast, seconds_per_token
+from moestro.engine.replay import LRU, NONE, CacheReport, Demands, eviction_factory, make_predictor, pins_of, policies, replay
+from moestro.engine.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from moestro.models.checkpoint import Checkpoint
+    from moestro.models.layout import Layout
+
+MIB = 1 << 20
+CHUNKS = (512, 256, 128, 64, 32)  # tokens per prefill pass, tried from the largest
+TIE = 0.002  # hit rates closer than this are equal: the simpler setting wins
+PAYS = 0.97  # a predictor has to bring decode time below this share
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+MARGIN = 16 * MIB  # what allocators keep beyond what is in use
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A way to run the cache. allocation: how per-layer slots were divided, or ''."""
+
+    scope: str
+    slots: tuple[int, ...]
+    eviction: str
+    eviction_options: dict[str, Any] = field(default_factory=dict)
+    pinned: tuple[ExpertKey, ...] = ()
+    allocation: str = ""
+    predictor: str = NONE
+    predictor_options: dict[str, Any] = field(default_factory=dict)
+    prefetch: int = 0
+
+    def replay(self, trace: Trace, asked: Demands, sizes: Sequence[int]) -> CacheReport:
+        """Count this setting on a trace. sizes: bytes of one expert, per layer."""
+        return replay(
+            trace,
+            self.slots,
+            self.scope,
+            self.eviction,
+            eviction_options=self.eviction_options,
+            predictor=self.predictor,
+            predictor_options=self.predictor_options,
+            prefetch=self.prefetch,
+            pinned=self.pinned,
+            expert_bytes=sizes,
+            asked=asked,
+        )
+
+
+def buffer_bytes(facts: ModelFacts, *, chunk: int, context: int, batch: int, itemsize: int) -> int:
+    """What one forward pass needs besides weights and KV cache: activations of `chunk` tokens, mask, expert rows, logits."""
+    rows, d = max(chunk, batch), facts.d_model
+    k = max(layer.top_k for layer in facts.layers)
+    width = max(max(layer.spec.d_expert, layer.shared) for layer in facts.layers)
+    hidden = rows * d * (8 * itemsize + 16)
+    mlp = rows * max(width, 4 * d) * 3 * max(itemsize, 4)
+    pairs = rows * k * (4 * d + 24)
+    mask = rows * context * (1 + itemsize)
+    logits = batch * facts.vocabulary * 4 * 6
+    return hidden + mlp + pairs + mask + logits + MARGIN
+
+
+def decide(
+    source: str,
+    facts: ModelFacts,
+    *,
+    memory: int,
+    runtime_bytes: int,
+    trunk_bytes: int,
+    slot_bytes: int,
+    disk_rate: float,
+    memory_rate: float,
+    context: int | None = None,
+    batch: int = 1,
+    chunk: int | None = None,
+    dtype: str = "auto",
+    codec: str = "stored",
+    extra_bytes: int = 0,
+    trace: Trace | None = None,
+    scope: str | None = None,
+    eviction: str | None = None,
+    eviction_options: Mapping[str, Any] | None = None,
+    predictor: str | None = None,
+    predictor_options: Mapping[str, Any] | None = None,
+    prefetch: int | None = None,
+) -> ResidencyPlan:
+    """The plan for `memory` bytes in all.
+
+    Args:
+        source: where the model was found. runtime_bytes: of the process before any weight. trunk_bytes: in memory.
+        slot_bytes: of one expert's slot. extra_bytes: what the store needs besides slots.
+        disk_rate, memory_rate: bytes/s, for the forecast and for whether a predictor pays.
+        context: tokens of KV cache per sequence, at most the model's own; 2048 by default. batch: sequences.
+        chunk: tokens per prefill pass; by default the largest power of two up to 512 whose buffers stay small.
+        trace: of this model; policies are chosen by replaying it. Without one: LRU with slots shared by all layers.
+        scope, eviction, predictor, prefetch and options: chosen by the caller, not here.
+
+    Raises:
+        BudgetError: the budget cannot hold the trunk and the experts of one token's layer; `.smallest` can.
+        InputError: a name, an option or a number that cannot be. TraceError: a trace of another model.
+    """
+    _check(facts, context, batch, chunk, dtype, scope)
+    if trace is not None:
+        trace.check_model(facts.fingerprint)
+        if not trace.tokens:
+            raise InputError("the trace holds no tokens", fix="record a longer one, or plan without it")
+    itemsize = ITEMSIZE[facts.dtype if dtype == "auto" else dtype]
+    context = min(context or 2048, facts.context)
+    kv_cache = facts.kv_values_per_token * context * batch * itemsize
+    top_k = [layer.top_k for layer in facts.layers]
+    least = sum(top_k) if scope == "layer" else max(top_k)
+
+    def buffers_of(chunk: int) -> int:
+        return buffer_bytes(facts, chunk=chunk, context=context, batch=batch, itemsize=itemsize) + extra_bytes
+
+    fixed = runtime_bytes + trunk_bytes + kv_cache
+    if chunk is None:
+        fits = [c for c in CHUNKS if buffers_of(c) <= (memory - fixed) / 8]
+        chunk = fits[0] if fits else CHUNKS[-1]
+    buffers = buffers_of(chunk)
+    smallest = fixed + buffers + least * slot_bytes
+    if memory < smallest:
+        raise BudgetError(
+            f"{format_size(memory)} cannot hold this model: runtime {format_size(runtime_bytes)}, trunk {format_size(trunk_bytes)}, "
+            f"KV cache {format_size(kv_cache)}, buffers {format_size(buffers)} and {least} experts of {format_size(slot_bytes)}",
+            smallest=smallest,
+            expected=f"at least {format_size(smallest)}",
+            fix=f"--memory {format_size(smallest)}" + (", or a smaller --context" if kv_cache > smallest // 10 else ""),
+        )
+    total = sum(layer.num_experts for layer in facts.layers)
+    capacity = min(total, (memory - fixed - buffers) // slot_bytes)
+    asked = _named(eviction, eviction_options, predictor, predictor_options, facts)
+    chosen, report = _choose(facts, capacity, scope, asked, prefetch, trace, trunk_bytes, disk_rate, memory_rate)
+    spent = Memory(memory, runtime_bytes, trunk_bytes, kv_cache, buffers, sum(chosen.slots) * slot_bytes)
+    options: dict[str, Any] = {"memory": memory, "context": context, "batch": batch, "chunk": chunk}
+    if chosen.allocation:
+        options["allocation"] = chosen.allocation
+    plan = ResidencyPlan(
+        subjects=(Subject(source, facts.fingerprint),),
+        method="engine.residency",
+        options=options,
+        inputs={} if trace is None else {"trace": _digest(trace)},
+        memory=spent,
+        scope=chosen.scope,
+        slots=chosen.slots,
+        eviction=chosen.eviction,
+        predictor=chosen.predictor,
+        eviction_options=chosen.eviction_options,
+        predictor_options=chosen.predictor_options,
+        pinned=chosen.pinned,
+        codec=codec,
+        dtype=dtype,
+        context=context,
+        batch=batch,
+        chunk=chunk,
+        prefetch=chosen.prefetch,
+        forecast=_forecast(facts, chosen, report, capacity == total, trunk_bytes, disk_rate, memory_rate),
+    )
+    plan.check(facts)
+    return plan
+
+
+def _check(facts: ModelFacts, context: int | None, batch: int, chunk: int | None, dtype: str, scope: str | None) -> None:
+    if dtype != "auto" and dtype not in ITEMSIZE:
+        raise InputError(f"dtype is {dtype!r}", expected="auto, " + ", ".join(ITEMSIZE))
+    if scope not in (None, "global", "layer"):
+        raise InputError(f"scope is {scope!r}", expected="'global' or 'layer'")
+    for name, value in (("context", context), ("batch", batch), ("chunk", chunk)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}", expected="at least 1")
+    if not facts.layers:
+        raise InputError("this model has no routed experts", expected="a Mixture-of-Experts model")
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the caller has chosen: full names, or None."""
+
+    eviction: str | None
+    eviction_options: dict[str, Any]
+    predictor: str | None
+    predictor_options: dict[str, Any]
+
+
+def _named(
+    eviction: str | None,
+    eviction_options: Mapping[str, Any] | None,
+    predictor: str | None,
+    predictor_options: Mapping[str, Any] | None,
+    facts: ModelFacts,
+) -> _Asked:
+    """Short names become full ones; impossible names and options are refused here."""
+    if eviction is not None:
+        eviction = card_of(load(eviction, "eviction")).name
+        eviction_factory(eviction, eviction_options)(max(la.top_k for la in facts.layers), len(facts.layers))
+    elif eviction_options:
+        raise InputError("eviction options without an eviction policy", fix="name the policy")
+    if predictor is not None:
+        predictor = card_of(load(predictor, "predictor")).name
+        make_predictor(predictor, len(facts.layers), tuple(la.num_experts for la in facts.layers), predictor_options)
+    elif predictor_options:
+        raise InputError("predictor options without a predictor", fix="name the predictor")
+    return _Asked(eviction, dict(eviction_options or {}), predictor, dict(predictor_options or {}))
+
+
+def _settings(
+    facts: ModelFacts, capacity: int, scope: str | None, asked: _Asked, trace: Trace | None
+) -> tuple[list[Setting], list[Setting]]:
+    """What is worth trying, the simplest first: LRU before others, one shared pool before slots per layer.
+
+    The second list divides the slots among layers by other rules than evenly; only its settings with the policy that did best
+    with even slots need a try.
+    """
+    experts, top_k = [la.num_experts for la in facts.layers], [la.top_k for la in facts.layers]
+    names = [asked.eviction] if asked.eviction else policies() if trace is not None else [LRU]
+
+    def made(where: str, slots: tuple[int, ...], allocation: str = "") -> list[Setting]:
+        out = []
+        for name in names:
+            pins: tuple[ExpertKey, ...] = ()
+            if trace is not None:
+                pins = pins_of(name, trace, slots, where, asked.eviction_options)
+            elif "counts" in card_of(load(name, "eviction")).needs:
+                raise InputError(f"{name} pins what a trace used most, and there is no trace", fix="give one with --trace")
+            out.append(Setting(where, slots, name, asked.eviction_options, pins, allocation))
+        return out
+
+    even, uneven = [], []
+    if scope != "layer":
+        even += made("global", (capacity,))
+    if scope != "global" and capacity >= sum(top_k):
+        even += made("layer", uniform(capacity, experts, top_k), card_of(uniform).name)
+        if trace is not None:
+            uneven += made("layer", demand(capacity, experts, top_k, working_set(trace)), card_of(demand).name)
+            uneven += made("layer", shallow(capacity, experts, top_k), card_of(shallow).name)
+    return even, uneven
+
+
+def _choose(
+    facts: ModelFacts,
+    capacity: int,
+    scope: str | None,
+    asked: _Asked,
+    prefetch: int | None,
+    trace: Trace | None,
+    trunk_bytes: int,
+    disk_rate: float,
+    memory_rate: float,
+) -> tuple[Setting, CacheReport | None]:
+    """The setting, and its replay if there is a trace."""
+    sizes, top_k = [la.expert_bytes for la in facts.layers], max(la.top_k for la in facts.layers)
+    settings, uneven = _settings(facts, capacity, scope, asked, trace)
+    if prefetch == 0 or (prefetch is None and asked.predictor == NONE):
+        asked = replace(asked, predictor=NONE, predictor_options={})
+    fixed = None
+    if asked.predictor is not None:
+        width = 0 if asked.predictor == NONE else prefetch or top_k
+        fixed = {"predictor": asked.predictor, "predictor_options": asked.predictor_options, "prefetch": width}
+    if trace is None:
+        return replace(settings[0], **(fixed or {})), None
+    demands = Demands(trace)
+    if capacity == sum(la.num_experts for la in facts.layers):  # all policies are the same
+        settings, uneven = settings[:1], []
+    reports = [setting.replay(trace, demands, sizes) for setting in settings]
+    layered = [(report.hit_rate, setting.eviction) for setting, report in zip(settings, reports) if setting.scope == "layer"]
+    if layered:
+        more = [setting for setting in uneven if setting.eviction == max(layered)[1]]
+        settings = [*settings, *more]
+        reports += [setting.replay(trace, demands, sizes) for setting in more]
+    best = max(report.hit_rate for report in reports)
+    number = next(i for i, report in enumerate(reports) if report.hit_rate >= best - TIE)
+    chosen, report = settings[number], reports[number]
+    if fixed is not None:
+        chosen = replace(chosen, **fixed)
+        return chosen, chosen.replay(trace, demands, sizes) if chosen.prefetch else report
+    compute = compute_seconds(facts, trunk_bytes, memory_rate)
+    least = PAYS * seconds_per_token(report, compute, disk_rate)
+    if not report.decode_tokens or not report.missed_bytes_per_token():
+        return chosen, report
+    names = ["engine.predict.previous", "engine.predict.edgemoe"] + ["engine.predict.gate"] * (trace.ahead_LTK is not None)
+    plain = chosen
+    for name in names:
+        for width in [prefetch] if prefetch else sorted({max(1, top_k // 2), top_k}):
+            candidate = replace(plain, predictor=name, prefetch=width)
+            found = candidate.replay(trace, demands, sizes)
+            if (seconds := seconds_per_token(found, compute, disk_rate)) < least:
+                chosen, report, least = candidate, found, seconds
+    return chosen, report
+
+
+def _forecast(
+    facts: ModelFacts,
+    chosen: Setting,
+    report: CacheReport | None,
+    whole: bool,
+    trunk_bytes: int,
+    disk_rate: float,
+    memory_rate: float,
+) -> Forecast:
+    """Hit rates from uniform routing to the trace's; without a trace to that of routing that repeats 60 % of the experts."""
+    rates = {"trunk_bytes": trunk_bytes, "disk_rate": disk_rate, "memory_rate": memory_rate}
+    if whole:
+        return forecast(facts, (1.0, 1.0), expert_bytes=facts.active_expert_bytes, **rates)
+    # Pins and predictors were fitted to the trace; on other routing they are worth nothing, so the low end goes without.
+    eviction = chosen.eviction if not chosen.pinned else LRU
+    options = chosen.eviction_options if not chosen.pinned else {}
+    low = assumed_hit_rate(facts, chosen.scope, chosen.slots, eviction, options, repeated=0.0)
+    if report is not None and report.decode_tokens:
+        # A prefetched expert has been read all the same, so what counts for the disk is what was read, not what hit.
+        read = report.read_bytes_per_token()
+        high = 1 - read / max(1, facts.active_expert_bytes)
+        return forecast(
+            facts,
+            (low, max(low, high)),
+            expert_bytes=facts.active_expert_bytes,
+            hit_rate=report.decode.hit_rate,
+            missed_bytes_per_token=read,
+            **rates,
+        )
+    high = assumed_hit_rate(facts, chosen.scope, chosen.slots, eviction, options, repeated=REPEATED)
+    return forecast(facts, (low, max(low, high)), expert_bytes=facts.active_expert_bytes, **rates)
+
+
+def _digest(trace: Trace) -> str:
+    digest = hashlib.sha256(trace.model.encode())
+    for array in (trace.steps_T, trace.prefill_T, trace.experts_LTK):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def plan_residency(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    memory: int | str,
+    *,
+    trace: Trace | None = None,
+    dtype: str = "auto",
+    codec: str = "stored",
+    runtime_bytes: int | None = None,
+    disk_rate: float | None = None,
+    memory_rate: float | None = None,
+    **options: Any,
+) -> ResidencyPlan:
+    """The plan for a checkpoint, from its headers and from measured rates; loads nothing.
+
+    Args:
+        memory: bytes, or '2GiB'.
+        codec: how a packed store is to keep the experts; 'stored' reads the checkpoint itself.
+        runtime_bytes: of the process once its libraries are in; measured by importing them if not given.
+        disk_rate, memory_rate: bytes/s; measured if not given, the disk with reads as large as the experts' own.
+        options: as `decide` takes them.
+
+    Raises: as `decide`; UnsupportedModel for experts that no store can hold.
+    """
+    from moestro.engine import memory as accounting
+    from moestro.engine.store import SourceStore, pages
+    from moestro.kernels.reader import probe
+    from moestro.models.codecs.encode import parse_codec
+    from moestro.models.codecs.packed import Record
+    from moestro.models.codecs.source import stored_format
+
+    facts = layout.facts
+    if dtype != "auto" and dtype not in ITEMSIZE:
+        raise InputError(f"dtype is {dtype!r}", expected="auto, " + ", ".join(ITEMSIZE))
+    store = SourceStore(checkpoint, layout)
+    slot_bytes, extra_bytes = store.slot_bytes, store.extra_bytes
+    first = layout.parts(ExpertKey(0, 0))
+    if codec != "stored":
+        forms = [stored_format(layout.parts(ExpertKey(la.ordinal, 0))) for la in facts.layers]
+        records = [Record.of(la.spec, parse_codec(codec, form)).nbytes for la, form in zip(facts.layers, forms, strict=True)]
+        slot_bytes, extra_bytes = pages(max(records)), 0
+        facts = replace(facts, layers=tuple(replace(la, expert_bytes=n) for la, n in zip(facts.layers, records, strict=True)))
+    if disk_rate is None:
+        disk_rate = probe(first[0].file, max(part.nbytes for part in first))
+    scale = ITEMSIZE[facts.dtype if dtype == "auto" else dtype] / ITEMSIZE[facts.dtype]
+    return decide(
+        checkpoint.source,
+        facts,
+        memory=parse_size(memory),
+        runtime_bytes=accounting.runtime_bytes() if runtime_bytes is None else runtime_bytes,
+        trunk_bytes=int(facts.trunk_bytes * scale),
+        slot_bytes=slot_bytes,
+        disk_rate=disk_rate,
+        memory_rate=memory_rate_of() if memory_rate is None else memory_rate,
+        dtype=dtype,
+        codec=codec,
+        extra_bytes=extra_bytes,
+        trace=trace,
+        **options,
+    )
+
+
+def memory_rate_of(size: int = 64 * MIB) -> float:
+    """Bytes/s at which one thread reads `size` bytes of memory: the best of five sums."""
+    array, best = np.ones(size // 8), float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        array.sum()
+        best = min(best, time.perf_counter() - began)
+    return array.nbytes / best
