@@ -88,7 +88,7 @@ def test_rows_sum_to_one_and_back_off():
 
 
 def test_counting_online_catches_up_and_memory_is_bounded():
-    trace = periodic(layers=4, tokens=80, experts=16, period=4)
+    trace = periodic(layers=4, tokens=80, experts=16, period=4, seed=2)
     assert len({tuple(sorted(row)) for row in trace.experts_LTK[0, :4].tolist()}) == 4, "no two tokens begin alike"
     learner = EdgeMoeTable(4, (16,) * 4)
     assert recall(learner, trace, start=8, width=2) == 1, "every path has been seen"
