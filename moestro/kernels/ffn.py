@@ -39,6 +39,7 @@ class Matrix:
     format: str
     scales: np.ndarray | None = None
     group: int = 0
+    handle: Any = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         data, scales = self.data, self.scales
@@ -99,6 +100,11 @@ class Matrix:
         scales = self.scales
         place = (0, 0, 0) if scales is None else (scales.ctypes.data, scales.strides[0], int(scales.dtype == np.float16))
         return (FORMATS.index(self.format), self.data.ctypes.data, self.data.strides[0], *self.shape, *place, self.group)
+
+    def bind(self, module: Any) -> Any:
+        """The native code's view of this matrix, made at the first use and kept as `handle`."""
+        object.__setattr__(self, "handle", module.Matrix(self.pack()))
+        return self.handle
 
 
 @dataclass(frozen=True, slots=True, eq=False)
