@@ -45,6 +45,7 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Count hits and bytes of every policy at every budget by replaying a trace; runs no model."""
+    from moestro.core.method import card_of, load
     from moestro.core.trace import Trace
     from moestro.engine.replay import BELADY, sweep
 
@@ -60,7 +61,10 @@ def replay(
 
         facts = describe(Checkpoint.open(model)).facts
         read.check_model(facts.fingerprint)
-    chosen = [*dict.fromkeys([name.strip() for name in policies.split(",")]), BELADY] if policies else None
+    chosen = None
+    if policies is not None:
+        names = [card_of(load(name.strip(), "eviction")).name for name in policies.split(",")]
+        chosen = list(dict.fromkeys([*names, BELADY]))
     with progress("replaying", "runs", quiet or as_json) as report:
         done = sweep(read, facts, parse_budgets(budgets), chosen, scope=scope, null=null, progress=report)
     if png is not None:

@@ -22,7 +22,7 @@ from moestro.cli.arguments import (
     residency_options,
 )
 from moestro.cli.errors import INTERRUPTED, bad_argument
-from moestro.cli.output import emit, progress, say
+from moestro.cli.output import emit, progress, say, size
 
 if TYPE_CHECKING:
     from moestro.engine.engine import Engine
@@ -146,7 +146,7 @@ def open_engine(
 ) -> Engine:
     """The engine of the model asked for, or of the embedded one."""
     from moestro.cli.arguments import with_revision
-    from moestro.core.errors import PlanError
+    from moestro.core.errors import BudgetError, PlanError
     from moestro.core.plan import read_plan
     from moestro.core.plans.residency import ResidencyPlan
     from moestro.engine.sizes import parse_size
@@ -161,21 +161,33 @@ def open_engine(
             )
     if model is None and read is not None:
         model = read.subjects[0].path
+    half = None
     if model is None:
         if revision is not None:
             bad_argument("there is a --revision and no model", "a model on the Hub")
-        model, budget = embedded(budget, quiet)
+        model, half = embedded(quiet)
     if not quiet:
         say(f"opening {model}")
     from moestro.engine.engine import Engine
 
-    return Engine.open(
-        with_revision(model, revision), memory=budget, plan=read, store=store, threads=threads, trace=trace, **options
-    )
+    def opened(memory: int | None) -> Engine:
+        return Engine.open(
+            with_revision(model, revision), memory=memory, plan=read, store=store, threads=threads, trace=trace, **options
+        )
+
+    if half is None or budget is not None:
+        return opened(budget)
+    try:
+        return opened(half)
+    except BudgetError as error:  # torch takes more here than elsewhere, or the options ask for more
+        if error.smallest is None:
+            raise
+        say(f"half of the model is not enough here; using {size(error.smallest)}")
+        return opened(error.smallest)
 
 
-def embedded(budget: int | None, quiet: bool) -> tuple[str, int | None]:
-    """The embedded model's folder, built if needed, and a budget of just under half of its size if none was given."""
+def embedded(quiet: bool) -> tuple[str, int]:
+    """The embedded model's folder, built if needed, and a budget of just under half of its size."""
     from moestro.build.upcycle.default import ensure_default_model
     from moestro.models.checkpoint import Checkpoint
 
@@ -184,9 +196,7 @@ def embedded(budget: int | None, quiet: bool) -> tuple[str, int | None]:
     else:
         with progress("building the embedded model", "%") as report:
             folder = ensure_default_model(lambda what, share: report(round(100 * share), 100))
-    if budget is None:
-        budget = sum(ref.nbytes for ref in Checkpoint.open(folder).tensors.values()) * 48 // 100
-    return str(folder), budget
+    return str(folder), sum(ref.nbytes for ref in Checkpoint.open(folder).tensors.values()) * 48 // 100
 
 
 def answer(

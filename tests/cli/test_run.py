@@ -1,0 +1,308 @@
+"""run: prompts from everywhere, answers on stdout, statistics on stderr, plans, stores, traces, bad input and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moestro.cli.prompts import model_and_prompt
+from moestro.core.errors import InputError
+from moestro.core.plan import Subject
+from moestro.core.plans.residency import Memory, ResidencyPlan
+from moestro.core.trace import Trace
+from tests.cli.conftest import ROOT
+
+
+@pytest.fixture(scope="session")
+def plan(tiny, tmp_path_factory):
+    """A plan for the tiny model with few slots, and no budget to break."""
+    from moestro.models.checkpoint import Checkpoint
+    from moestro.models.families import describe
+
+    facts = describe(Checkpoint.open(tiny)).facts
+    path = tmp_path_factory.mktemp("plans") / "plan.json"
+    ResidencyPlan(
+        subjects=(Subject(str(tiny), facts.fingerprint),),
+        method="engine.residency",
+        memory=Memory(4 * 2**30, 0, 0, 0, 0, 0),
+        scope="global",
+        slots=(7,),
+        eviction="engine.evict.lru",
+        predictor="engine.predict.none",
+        context=200,
+    ).save(path)
+    return path
+
+
+@pytest.fixture
+def run(moestro, tiny, plan):
+    """moestro run TINY ... --plan PLAN, eight tokens if nothing else is said."""
+
+    def call(*arguments, stdin=b""):
+        tokens = () if "-n" in arguments else ("-n", 8)
+        return moestro("run", tiny, *arguments, "--plan", plan, "--ignore-eos", *tokens, stdin=stdin)
+
+    return call
+
+
+def dense_answer(tiny, prompt: str, tokens: int) -> list[int]:
+    """What transformers itself generates greedily."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from moestro.models.tokenizer import Tokenizer
+
+    ids = Tokenizer.open(tiny).encode(prompt)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for _ in range(tokens):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[-tokens:]
+
+
+def test_the_answer_is_transformers_own(run, tiny):
+    done = run("--raw", "-p", "Once upon a time", "--json")
+    assert done.code == 0
+    answer = done.json["answers"][0]
+    assert answer["tokens"] == dense_answer(tiny, "Once upon a time", 8)
+    assert answer["prompt"] == "Once upon a time" and answer["finish"] == "length"
+    statistics = done.json["statistics"]
+    assert statistics["exact"] is True and statistics["changes"] == [] and statistics["generated_tokens"] == 8
+    assert 0 < statistics["decode_hit_rate"] < 1 and statistics["decode_bytes"] > 0
+    assert done.json["plan"]["slots"] == [7]
+
+
+def test_the_answer_goes_to_stdout_and_the_account_to_stderr(run):
+    done = run("Hello")
+    whole = run("Hello", "--json").json
+    assert done.code == 0 and done.out.rstrip("\n") == whole["answers"][0]["text"].rstrip("\n")
+    for words in ("tokens at", "in memory", "read per token", "peak memory", "EXACT"):
+        assert words in done.err
+    quiet = run("Hello", "--quiet")
+    assert quiet.out == done.out and quiet.err == ""
+
+
+def test_prompts_from_everywhere_are_the_same(run):
+    wanted = run("Hello").out
+    assert run("-p", "Hello").out == wanted
+    assert run("-", stdin=b"Hello\n").out == wanted
+    assert run(stdin=b"Hello\n").out == wanted
+    assert run("-p", "-", stdin=b"Hello").out == wanted
+    assert run("--raw", "Hello").out != wanted, "the chat template changes the prompt"
+    assert run("Hello", "--system", "Be brief").out != wanted
+
+
+def test_equal_seeds_give_equal_answers(run):
+    flags = (
+        "--raw",
+        "Hello",
+        "--temperature",
+        1.5,
+        "--top-p",
+        0.95,
+        "--top-k",
+        50,
+        "--min-p",
+        0.01,
+        "--repetition-penalty",
+        1.1,
+        "-n",
+        16,
+    )
+    first = run(*flags, "--seed", 3).out
+    assert run(*flags, "--seed", 3).out == first
+    assert run(*flags, "--seed", 4).out != first
+
+
+def test_stop_strings_end_the_answer(run):
+    text = run("Hello", "-n", 12, "--json").json["answers"][0]["text"]
+    stop = text[4:6]
+    done = run("Hello", "-n", 12, "--stop", stop, "--json").json["answers"][0]
+    assert done["finish"] == "stop" and done["text"] == text[: text.index(stop)]
+
+
+def test_batch_answers_every_line(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("Hello\n\nOnce upon a time\n")
+    done = run("--batch", tmp_path / "prompts.txt", "--json").json
+    assert [a["prompt"] for a in done["answers"]] == ["Hello", "Once upon a time"]
+    alone = run("Hello", "--json").json
+    assert done["answers"][0]["tokens"] == alone["answers"][0]["tokens"]
+    text = run("--batch", tmp_path / "prompts.txt").out
+    assert text.startswith("[1] Hello\n") and "\n[2] Once upon a time\n" in text
+
+
+def test_trace_is_recorded_shown_and_replayed(run, moestro, tiny, tmp_path):
+    path = tmp_path / "talk.trace"
+    done = run("Hello", "--trace", path, "--json").json
+    trace = Trace.open(path)
+    assert trace.model == done["fingerprint"] and trace.tokens == done["statistics"]["prompt_tokens"] + 7
+    assert moestro("show", path).code == 0
+    report = moestro(
+        "replay", path, tiny, "--policies", "lru", "--no-null", "--budgets", str(7 / sum(trace.num_experts)), "--json"
+    ).json
+    counted = next(r for r in report["reports"] if r["eviction"] == "engine.evict.lru")
+    assert counted["slots"] == [7]
+    assert counted["decode"]["hit_rate"] == done["statistics"]["decode_hit_rate"], "replay agrees with the live run"
+
+
+def test_a_packed_store(run, moestro, plan, tmp_path):
+    done = moestro("apply", plan, "-o", tmp_path / "store", "--json")
+    assert done.code == 0 and done.json["codec"] == "stored" and done.json["experts"] == 12
+    assert done.json["bytes"] == sum(f.stat().st_size for f in (tmp_path / "store").iterdir())
+    assert run("Hello", "--store", tmp_path / "store").out == run("Hello").out
+    assert moestro("apply", plan, "-o", tmp_path / "half", "--codec", "f16").code == 0
+    assert "SHRUNK" in run("Hello", "--store", tmp_path / "half").err
+
+
+def test_a_plan_of_another_model_is_refused(moestro, tiny, plan, tmp_path):
+    data = json.loads(plan.read_text())
+    data["subjects"][0]["fingerprint"] = "0" * 64
+    (tmp_path / "other.json").write_text(json.dumps(data))
+    done = moestro("run", tiny, "Hello", "--plan", tmp_path / "other.json")
+    assert done.code == 2 and "was made for" in done.err and done.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "said"),
+    [
+        (("-",), b"\xff\xfehello", "not UTF-8: byte 0xff at position 0"),
+        (("-",), b"caf\xe9", "position 3"),
+        (("-",), b"", "empty"),
+        (("",), b"", "empty"),
+        (("Hello", "--temperature", -1), b"", "temperature"),
+        (("Hello", "--top-p", 2), b"", "top_p"),
+        (("Hello", "-n", 0), b"", "max_tokens"),
+        (("x" * 300,), b"", "tokens"),
+        (("Hello", "--memory", "1GiB"), b"", "plan"),
+        (("Hello", "--memory", "lots"), b"", "lots"),
+        (("Hello", "--batch", "prompts.txt"), b"", "--batch"),
+        (("Hello", "again"), b"", "quotes"),
+    ],
+)
+def test_bad_input(run, arguments, stdin, said):
+    done = run(*arguments, stdin=stdin)
+    assert done.code == 2 and done.out == "" and said in done.err and "Traceback" not in done.err
+
+
+def test_a_budget_that_cannot_work_names_the_smallest_that_can(moestro, tiny):
+    done = moestro("run", tiny, "Hello", "--memory", "1MiB")
+    assert done.code == 2 and "at least" in done.err and "--memory" in done.err
+
+
+def test_which_word_is_the_model(tmp_path):
+    assert model_and_prompt([], None) == (None, None)
+    assert model_and_prompt(["Why is the sky blue?"], None) == (None, "Why is the sky blue?")
+    assert model_and_prompt(["hello"], None) == (None, "hello")
+    assert model_and_prompt(["-"], None) == (None, "-")
+    assert model_and_prompt(["and/or what?"], None) == (None, "and/or what?")
+    assert model_and_prompt(["org/name"], None) == ("org/name", None)
+    assert model_and_prompt(["org/name@main"], None) == ("org/name@main", None)
+    assert model_and_prompt([str(tmp_path)], None) == (str(tmp_path), None)
+    assert model_and_prompt(["./not-there"], None) == ("./not-there", None)
+    assert model_and_prompt(["anything", "hello"], None) == ("anything", "hello")
+    assert model_and_prompt(["anything"], "hello") == ("anything", "hello")
+    with pytest.raises(InputError):
+        model_and_prompt(["a", "b", "c"], None)
+
+
+def process(tiny, plan, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "moestro", "run", str(tiny), *map(str, arguments), "--plan", str(plan), "--ignore-eos"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+
+
+def test_ctrl_c_keeps_what_there_is(tiny, plan, tmp_path):
+    running = process(tiny, plan, "Hello", "-n", 150, "--temperature", 1, "--trace", tmp_path / "talk.trace")
+    assert running.stdout and running.stdout.read(1), "it has begun to answer"
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130 and b"Traceback" not in err
+    assert out.endswith(b"\n") and b"answer" in err and b"EXACT" in err
+    trace = Trace.open(tmp_path / "talk.trace")
+    assert 0 < trace.tokens < 190
+
+
+def test_ctrl_c_before_the_answer(tiny, plan):
+    running = process(tiny, plan, "Hello", "-n", 5)
+    time.sleep(0.5)  # Python is up, torch is not
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130 and out == b"" and b"Traceback" not in err
+
+
+def test_a_closed_pipe_ends_the_run_quietly(tiny, plan):
+    with process(tiny, plan, "Hello", "-n", 100, "--temperature", 1) as running:
+        running.stdout.read(1)
+        running.stdout.close()
+        err = running.stderr.read()
+    assert running.returncode != 0 and b"Traceback" not in err
+
+
+class Terminal:
+    """A standard input that is a terminal and says these lines."""
+
+    encoding = "utf-8"
+
+    def __init__(self, *lines):
+        self.lines = list(lines)
+
+    def isatty(self):
+        return True
+
+    def readline(self):
+        line = self.lines.pop(0) if self.lines else ""
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+
+def chat(capsys, monkeypatch, tiny, plan, *lines):
+    from moestro.cli.main import main
+
+    monkeypatch.setattr(sys, "stdin", Terminal(*lines))
+    code = main(["run", str(tiny), "--plan", str(plan), "--ignore-eos", "-n", "6"])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_chat(capsys, monkeypatch, tiny, plan):
+    code, out, err = chat(
+        capsys, monkeypatch, tiny, plan, "Hello\n", "\n", "/help\n", "And then?\n", "/clear\n", "Hello\n", "/exit\n", "never\n"
+    )
+    answers = out.rstrip("\n")
+    assert code == 0 and err.count("tokens at") == 3 and "/exit" in err
+    first = chat(capsys, monkeypatch, tiny, plan, "Hello\n")[1].rstrip("\n")
+    assert answers.startswith(first) and answers.endswith(first), "the first and the third answer are to the same conversation"
+
+
+def test_ctrl_c_at_the_prompt_of_a_chat_exits_130(capsys, monkeypatch, tiny, plan):
+    code, out, err = chat(capsys, monkeypatch, tiny, plan, KeyboardInterrupt())
+    assert code == 130 and out == "" and "Traceback" not in err
+
+
+def test_json_and_raw_need_a_prompt(capsys, monkeypatch, tiny, plan):
+    from moestro.cli.main import main
+
+    for flag in ("--json", "--raw"):
+        monkeypatch.setattr(sys, "stdin", Terminal())
+        assert main(["run", str(tiny), "--plan", str(plan), flag]) == 2
+        assert "no prompt" in capsys.readouterr().err
+
+
+def test_without_a_model_the_embedded_one_runs_in_half_of_its_size_or_the_least_that_works(moestro, monkeypatch, tiny):
+    monkeypatch.setattr("moestro.build.upcycle.default.ensure_default_model", lambda progress=None: tiny)
+    done = moestro("run", "Hello there", "-n", 4, "--ctx-size", 100, "--json")
+    assert done.code == 0 and done.json["model"] == str(tiny) and done.json["answers"][0]["prompt"] == "Hello there"
+    assert "half of the model is not enough here" in done.err, "torch alone takes more than half of a tiny model"
+    assert done.json["plan"]["memory"]["budget"] < 8 * 2**30
