@@ -153,8 +153,8 @@ def figures(result: dict[str, Any], shape: shapes.Shape, disk_rate: float) -> di
     return out
 
 
-def overlap(bench: Bench, checkpoint: Path) -> dict[str, float]:
-    """Share of a token's experts that its predecessor used too, mean over layers, by locality; from the weights themselves.
+def expected_overlap(bench: Bench, checkpoint: Path) -> dict[str, float]:
+    """Share of a token's experts that its predecessor used too, mean over layers, by locality; estimated from the weights alone.
 
     The residual stream is little else than the embedding (shapes.py), so routers are applied to the normalised embeddings.
     """
@@ -172,6 +172,15 @@ def overlap(bench: Bench, checkpoint: Path) -> dict[str, float]:
             shares += [len(np.intersect1d(a, b)) / shape.top_k for a, b in zip(chosen[1:], chosen[:-1])]
         out[locality] = float(np.mean(shares))
     return out
+
+
+def seen_overlap(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """The same share as moestro's runs saw it, median by locality."""
+    seen: dict[str, list[float]] = {}
+    for run in runs:
+        if "overlap" in run.get("about", {}):
+            seen.setdefault(run["locality"], []).append(run["about"]["overlap"])
+    return {locality: statistics.median(shares) for locality, shares in seen.items()}
 
 
 def tune(bench: Bench, budget: int, folders: dict[str, Path], say) -> tuple[Contender, list[dict[str, Any]]]:
@@ -408,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "shape": {k: getattr(shape, k) for k in shapes.Shape.__dataclass_fields__},
         "expert_bytes": shape.expert_bytes,
         "checkpoint_bytes": whole,
-        "overlap": overlap(bench, folders["published"]),
+        "expected_overlap": expected_overlap(bench, folders["published"]),
         "threads": args.threads,
         "prompt_tokens": args.prompt,
         "memory_rate": memory_rate,
@@ -435,6 +444,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     )
                     rows = summarise(runs)
                     report |= {
+                        "overlap": report["expected_overlap"] | seen_overlap(runs),
                         "disk_rate": statistics.median(r["disk_rate"] for r in runs),
                         "summary": rows,
                         "verdict": verdict(rows),

@@ -13,8 +13,9 @@ class Moestro:
         from moestro.engine.engine import Engine
 
         context = len(spec["prompt"]) + len(spec["forced"]) + 8
+        # The trace is a few integers per layer and token; it tells how much the routing repeats.
         self.engine = Engine.open(
-            spec["model"], memory=spec["memory"], threads=spec["threads"], context=context, **spec["options"]
+            spec["model"], memory=spec["memory"], threads=spec["threads"], context=context, trace=True, **spec["options"]
         )
         self.engine.begin()
         self.state = self.engine.trunk.start(1, context)
@@ -48,9 +49,16 @@ class Moestro:
             "prefetch": plan.prefetch,
             "trunk": type(self.engine.trunk).__name__,
             "forecast": forecast,
+            "overlap": self._overlap(),
             "exact": not self.engine.changes,
             "changes": list(self.engine.changes),
         }
+
+    def _overlap(self) -> float:
+        """Share of a token's experts that the token before it used in the same layer; mean over tokens and layers."""
+        experts_LTK = self.engine.trace().experts_LTK
+        same = (experts_LTK[:, 1:, :, None] == experts_LTK[:, :-1, None, :]).any(-1)
+        return float(same.mean())
 
 
 if __name__ == "__main__":

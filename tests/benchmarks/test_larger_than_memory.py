@@ -195,7 +195,8 @@ def test_the_whole_benchmark_at_a_tiny_size(tmp_path, capsys):
         assert "error" not in row, row
         assert row["follows"] == 1.0 and row["decode_rate"] > 0 and row["same_answer"]
     assert rows["moestro"]["hit_rate"] > 0
-    assert report["overlap"]["chain"] > 0.4 > report["overlap"]["uniform"]
+    seen, guess = report["overlap"], report["expected_overlap"]
+    assert 0.4 < seen["chain"] < guess["chain"] + 0.1 and guess["uniform"] < 0.3
     assert out.with_suffix(".png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert all(name in printed for name in rows)
