@@ -33,10 +33,12 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 CHUNKS = (512, 256, 128, 64, 32)  # tokens per prefill pass, tried from the largest
+SHARE = 1 / 6  # of what trunk, runtime and KV cache leave, for buffers: a longer chunk reads each expert less often in prefill
 TIE = 0.002  # hit rates closer than this are equal: the simpler setting wins
 PAYS = 0.97  # a predictor has to bring decode time below this share
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 MARGIN = 16 * MIB  # what allocators keep beyond what is in use
+GRAIN = 8 * MIB  # the measured runtime is rounded up to it, so that a budget named once works the next time
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,8 @@ def decide(
 
     fixed = runtime_bytes + trunk_bytes + kv_cache
     if chunk is None:
-        fits = [c for c in CHUNKS if buffers_of(c) <= (memory - fixed) / 8]
+        left = memory - fixed
+        fits = [c for c in CHUNKS if buffers_of(c) - MARGIN <= SHARE * left and buffers_of(c) + least * slot_bytes <= left]
         chunk = fits[0] if fits else CHUNKS[-1]
     buffers = buffers_of(chunk)
     smallest = fixed + buffers + least * slot_bytes
@@ -395,12 +398,14 @@ def plan_residency(
         facts = replace(facts, layers=tuple(replace(la, expert_bytes=n) for la, n in zip(facts.layers, records, strict=True)))
     if disk_rate is None:
         disk_rate = probe(first[0].file, max(part.nbytes for part in first))
+    if runtime_bytes is None:
+        runtime_bytes = accounting.runtime_bytes()
     scale = ITEMSIZE[facts.dtype if dtype == "auto" else dtype] / ITEMSIZE[facts.dtype]
     return decide(
         checkpoint.source,
         facts,
         memory=parse_size(memory),
-        runtime_bytes=accounting.runtime_bytes() if runtime_bytes is None else runtime_bytes,
+        runtime_bytes=-(-runtime_bytes // GRAIN) * GRAIN,
         trunk_bytes=int(facts.trunk_bytes * scale),
         slot_bytes=slot_bytes,
         disk_rate=disk_rate,

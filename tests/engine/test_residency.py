@@ -12,7 +12,7 @@ from moestro.core.layer import LayerFacts, ModelFacts, RouterFacts
 from moestro.core.plans.residency import ResidencyPlan
 from moestro.engine.forecast import assumed_hit_rate
 from moestro.engine.replay import LRU, NONE, Demands, pins_of, policies, replay
-from moestro.engine.residency import MARGIN, TIE, decide
+from moestro.engine.residency import MARGIN, TIE, decide, plan_residency
 from moestro.engine.sizes import format_size, parse_size
 from tests.engine.traces import cyclic, periodic, sticky, topics, trace_of, zipf
 
@@ -251,3 +251,23 @@ def test_shares_need_a_whole():
 def test_a_written_size_is_never_too_small(size):
     assert size <= parse_size(format_size(size)) <= size * 1.01 + 16
     assert format_size(2480343613) == "2.31GiB"
+
+
+def test_a_checkpoint_is_planned_from_its_headers(tiny, opened):
+    folder, _ = tiny("olmoe")
+    checkpoint, layout = opened(folder)
+    given = {"runtime_bytes": 100 * MIB + 1, "disk_rate": 1e9, "memory_rate": 1e10}
+    plan = plan_residency(checkpoint, layout, "1GiB", **given)
+    assert plan.memory.budget == 2**30 and plan.memory.runtime == 104 * MIB
+    assert plan.memory.trunk == layout.facts.trunk_bytes
+    assert plan.slots == (sum(la.num_experts for la in layout.facts.layers),)
+    assert plan.subjects[0].fingerprint == layout.facts.fingerprint
+    assert plan_residency(checkpoint, layout, "1GiB", dtype="bfloat16", **given).memory.trunk == layout.facts.trunk_bytes // 2
+    packed = plan_residency(checkpoint, layout, "1GiB", codec="bf16", **given)
+    assert packed.codec == "bf16" and packed.memory.experts <= plan.memory.experts
+    measured = plan_residency(checkpoint, layout, "4GiB")
+    assert measured.forecast is not None and measured.forecast.disk_rate > 0 and measured.forecast.memory_rate > 1e8
+    with pytest.raises(BudgetError) as error:
+        plan_residency(checkpoint, layout, "1MiB", **given)
+    assert error.value.smallest is not None
+    assert plan_residency(checkpoint, layout, error.value.smallest, **given).slots == (4,)
