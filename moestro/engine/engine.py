@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from moestro.core.errors import InputError
+from moestro.core.errors import InputError, PlanError
 from moestro.core.layer import LayerRecord, ModelFacts, RunnerOutput
 from moestro.core.plans.residency import ResidencyPlan
 from moestro.core.routing import Routing
@@ -28,7 +28,7 @@ from moestro.engine.replay import NONE, eviction_factory, make_predictor
 from moestro.engine.sample import SamplingParams
 from moestro.engine.store import ExpertStore, PackedStore, SourceStore
 from moestro.engine.table import Moment, SlotTable
-from moestro.engine.trunk import State, TransformersTrunk, Trunk
+from moestro.engine.trunk import State, TransformersTrunk, Trunk, has_recurrent_states
 from moestro.kernels.reader import Reader
 from moestro.models.checkpoint import Checkpoint
 from moestro.models.layout import Layout
@@ -62,6 +62,12 @@ class Engine:
         self.stop = threading.Event()
         self.store: ExpertStore = store or SourceStore(checkpoint, layout)
         self.store.check()
+        if self.store.codec != plan.codec:
+            raise PlanError(
+                f"the plan keeps experts in codec {plan.codec!r}, the store holds {self.store.codec!r}",
+                expected="a store packed by this plan",
+                fix="run `moestro apply` with this plan, or plan again",
+            )
         eviction = eviction_factory(plan.eviction, plan.eviction_options)
         table = SlotTable(plan.slots, plan.scope, eviction, layers=len(self.facts.layers), pinned=plan.pinned)
         prefetcher = self._prefetcher(table)
@@ -128,6 +134,10 @@ class Engine:
         if isinstance(store, str | Path):
             store = PackedStore(store, layout.facts)
         if plan is None:
+            if store is not None:
+                options.setdefault("codec", store.codec)
+            if has_recurrent_states(checkpoint):
+                options.setdefault("chunk", min(options.get("context") or 2048, layout.facts.context))
             options.setdefault("runtime_bytes", accounting.runtime_bytes())
             budget = memory if memory is not None else accounting.available() * 9 // 10 + accounting.usage().resident
             plan = plan_residency(checkpoint, layout, budget, **options)

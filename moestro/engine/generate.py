@@ -306,7 +306,7 @@ class Generation:
             prefill_bytes=cache.bytes_read(prefill=True),
             decode_bytes=cache.bytes_read(prefill=False),
             peak_memory=used.peak,
-            cgroup_peak=used.charged_peak,
+            cgroup_peak=used.charged_peak if used.limit is not None else None,
             budget=engine.plan.memory.budget or None,
             exact=not changes,
             changes=changes,

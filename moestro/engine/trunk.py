@@ -209,6 +209,15 @@ class TransformersTrunk:
         return out
 
 
+def has_recurrent_states(checkpoint: Checkpoint) -> bool:
+    """Whether sequences keep more than keys and values, so that a prompt may have to be read at once. Loads no weight."""
+    from transformers.cache_utils import DynamicCache
+
+    from moestro.models.live import model_class
+
+    return any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=model_class(checkpoint)[1]).layers)
+
+
 def _room_layer() -> Any:
     """A cache layer of keys and values that reserves its room at once: transformers' own copies everything at every token.
 

@@ -76,7 +76,8 @@ def engine(request: pytest.FixtureRequest) -> Callable[..., Engine]:
 
     def make(folder: Path, size: str = "full", *, store: Any = None, trace: bool = False, **changes: Any) -> Engine:
         checkpoint, layout = open_folder(folder)
-        made = Engine(checkpoint, layout, hand_plan(layout, size, **changes), store=store, threads=1, trace=trace)
+        codec = {} if store is None else {"codec": store.codec}
+        made = Engine(checkpoint, layout, hand_plan(layout, size, **(codec | changes)), store=store, threads=1, trace=trace)
         request.addfinalizer(made.close)
         return made
 

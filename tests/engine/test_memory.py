@@ -89,7 +89,9 @@ with Engine.open(sys.argv[1], memory=budget, context=512, threads=1) as engine:
 def test_the_memory_budget_is_kept(tmp_path, tiny):
     """About 500 MiB of experts within a budget that cannot hold half of them."""
     pytest.importorskip("moestro.engine.residency")
-    folder, _ = tiny("mixtral", hidden_size=512, intermediate_size=1408, num_local_experts=16, num_hidden_layers=4)
+    folder, _ = tiny(
+        "mixtral", hidden_size=512, intermediate_size=1408, num_local_experts=16, num_hidden_layers=4, max_position_embeddings=512
+    )
     size = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
     budget = (400 << 20) + size * 2 // 5
     code = subprocess.run([sys.executable, "-c", RUN, str(folder), str(budget)], capture_output=True, text=True, timeout=100)
