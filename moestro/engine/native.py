@@ -1,0 +1,247 @@
+"""The decoder without torch: weights as stored in the checkpoint, float32 arithmetic in the native kernels, routed experts at the seam.
+
+Padding is never computed: the valid tokens of all sequences lie one after another and each sequence has its own cache.
+Shapes: B sequences, T tokens of one pass, N valid rows of it, D model width, V vocabulary, E experts, K slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moestro.core.errors import CheckpointError, UnsupportedModel
+from moestro.core.layer import LayerFacts
+from moestro.engine.attention_cache import DTYPES, SequenceCache
+from moestro.engine.native_attention import GroupedAttention, LatentAttention, Scratch, Step
+from moestro.engine.trunk import Seam, State
+from moestro.kernels.convert import to_f32
+from moestro.kernels.ffn import ExpertView, Matrix, grouped_ffn
+from moestro.kernels.linear import linear
+from moestro.kernels.norm import add_rms_norm, rms_norm
+from moestro.kernels.softmax import sigmoid
+from moestro.kernels.topk import topk
+from moestro.models.checkpoint import Checkpoint
+from moestro.models.layout import Layout
+from moestro.models.native import describe
+from moestro.models.native.decoder import Attention, Decoder, Layer, Mlp
+from moestro.models.native.router import liked, route
+from moestro.models.native.weights import Weights, wrap
+
+
+@dataclass(frozen=True, slots=True)
+class _Router:
+    facts: LayerFacts
+    weight: Matrix
+    bias: np.ndarray | None
+    choice: np.ndarray | None
+
+    def logits(self, x_ND: np.ndarray, out_NE: np.ndarray | None = None, threads: int = 0) -> np.ndarray:
+        return linear(x_ND, self.weight, out_TR=out_NE, bias_R=self.bias, threads=threads)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One decoder layer's weights. mlp: dense, or what every token passes beside the experts."""
+
+    input_norm: np.ndarray
+    attention: GroupedAttention | LatentAttention
+    post_norm: np.ndarray
+    router: _Router | None
+    mlp: ExpertView | None
+    mlp_gate: tuple[Matrix, np.ndarray | None] | None
+
+
+class NativeTrunk:
+    """A `Trunk` for the families of models.native. See `native_supported`.
+
+    seam: computes the routed experts. dtype: of cached keys and values, 'auto' for the checkpoint's own; arithmetic is float32
+    and weights stay as stored. threads: of the arithmetic, 0 for all cores.
+
+    Raises:
+        UnsupportedModel: a decoder it does not compute, or a dtype that would round the weights.
+        CheckpointError: a weight is missing, left over, of another shape, or not a number.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, layout: Layout, seam: Seam, dtype: str = "auto", *, threads: int = 0) -> None:
+        self.seam, self.layout, self.threads = seam, layout, threads
+        own = layout.facts.dtype
+        if dtype not in ("auto", "float32", own):
+            raise UnsupportedModel(
+                f"the weights are {own} and {dtype} is asked for", expected="the checkpoint's dtype, which the native trunk keeps"
+            )
+        self.dtype = own if dtype == "auto" else dtype
+        assert self.dtype in DTYPES
+        self.decoder: Decoder = describe(checkpoint, layout)
+        weights = Weights(checkpoint)
+        self._embedding, self._head = self._outer(weights)
+        self._norm = weights.required(self.decoder.norm)
+        by_index = {layer.index: layer for layer in layout.facts.layers}
+        self._layers = [self._layer(la, weights, by_index.get(i)) for i, la in enumerate(self.decoder.layers)]
+        if left := sorted(set(layout.trunk) - weights.read):
+            raise CheckpointError(f"{left[0]} was not used", expected="every weight in its place")
+        self._nbytes = weights.nbytes
+        self._routers = [layer.router for layer in self._layers if layer.router is not None]
+        self._rooms = [layer.attention.room for layer in self._layers]
+        self._scratch = Scratch()
+
+    def _outer(self, weights: Weights) -> tuple[np.ndarray, Matrix]:
+        """Embedding and output layer: one copy where they are one weight."""
+        decoder = self.decoder
+        embedding = weights.array(decoder.embedding)
+        if decoder.head == decoder.embedding:
+            return embedding, wrap(embedding)
+        head = weights.array(decoder.head)
+        if decoder.tied and head.dtype == embedding.dtype and np.array_equal(head, embedding):
+            weights.nbytes -= head.nbytes
+            head = embedding
+        return embedding, wrap(head)
+
+    def _layer(self, layer: Layer, weights: Weights, facts: LayerFacts | None) -> _Layer:
+        kind = GroupedAttention if isinstance(layer.attention, Attention) else LatentAttention
+        attention = kind(layer.attention, weights, self.decoder.eps, self.decoder.rope.interleaved)  # type: ignore[arg-type]
+        router = None
+        if layer.router is not None:
+            assert facts is not None
+            router = _Router(facts, *weights.linear(layer.router.linear), weights.vector(layer.router.choice))
+        return _Layer(
+            weights.required(layer.input_norm),
+            attention,
+            weights.required(layer.post_norm),
+            router,
+            None if layer.mlp is None else _view(layer.mlp, weights),
+            None if layer.mlp_gate is None else weights.linear(layer.mlp_gate),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return self._nbytes
+
+    @property
+    def continues(self) -> bool:
+        """Always: its only state is keys and values."""
+        return True
+
+    def start(self, batch: int, capacity: int) -> State:
+        """New sequences with room for `capacity` tokens each."""
+        return State([SequenceCache(self._rooms, capacity, self.dtype) for _ in range(batch)], batch)
+
+    def forward(
+        self, tokens_BT: np.ndarray, state: State, valid_BT: np.ndarray | None = None, *, every: bool = False
+    ) -> np.ndarray:
+        """Logits after the last token, float32 [B, V]; with `every` after each, [B, T, V]; zeros for padding. The state moves on."""
+        batch, width = tokens_BT.shape
+        assert batch == state.batch, "the state is of another number of sequences"
+        if valid_BT is None and state.valid_BT is not None:
+            valid_BT = np.ones((batch, width), bool)
+        token_N = tokens_BT.reshape(-1) if valid_BT is None else tokens_BT[valid_BT]
+        counts_B = [width] * batch if valid_BT is None else valid_BT.sum(1).tolist()
+        step = self._step(state.cache, counts_B)
+        shown_BT = _shown(batch, width, valid_BT, every)
+        logits_BTV = np.zeros((batch, width if every else 1, self._head.rows), np.float32)
+        if len(token_N):
+            normed_ND = self._run(token_N, step)
+            rows_ND = normed_ND if every else normed_ND[np.cumsum(counts_B)[shown_BT[:, -1]] - 1]
+            if shown_BT.any():
+                self._logits(rows_ND, logits_BTV, None if shown_BT.all() else shown_BT)
+        else:
+            self._rest()
+        for (cache, _), count in zip(step.sequences, counts_B, strict=True):
+            cache.advance(count)
+        if valid_BT is not None:
+            before = state.valid_BT if state.valid_BT is not None else np.ones((batch, state.length), bool)
+            state.valid_BT = np.concatenate([before, valid_BT], axis=1)
+        state.length += width
+        return logits_BTV if every else logits_BTV[:, -1]
+
+    def _step(self, caches: list[SequenceCache], counts_B: list[int]) -> Step:
+        """Positions go on from what each sequence holds."""
+        ends = np.cumsum([0, *counts_B])
+        parts = tuple((cache, slice(int(a), int(b))) for cache, a, b in zip(caches, ends[:-1], ends[1:], strict=True))
+        lengths_N = np.empty(int(ends[-1]), np.int64)
+        for cache, part in parts:
+            lengths_N[part] = np.arange(cache.length + 1, cache.length + 1 + part.stop - part.start)
+        rope = self.decoder.rope
+        angle_NR = (lengths_N - 1).astype(np.float32)[:, None] * np.tile(rope.frequency_R, 2)
+        scale = np.float32(rope.scale)
+        return Step(parts, lengths_N, np.cos(angle_NR) * scale, np.sin(angle_NR) * scale, self._scratch, self.threads)
+
+    def _run(self, token_N: np.ndarray, step: Step) -> np.ndarray:
+        """The final norm's output, in scratch memory."""
+        decoder, rows, width = self.decoder, len(token_N), self.layout.facts.d_model
+        x_ND = to_f32(self._embedding[token_N], step.scratch.take("x", rows, width))
+        if decoder.embedding_scale != 1.0:
+            x_ND *= np.float32(decoder.embedding_scale)
+        normed_ND, y_ND = step.scratch.take("normed", rows, width), step.scratch.take("y", rows, width)
+        following = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
+        rms_norm(x_ND, self._layers[0].input_norm, decoder.eps, out_TD=normed_ND)
+        for index, (layer, norm) in enumerate(zip(self._layers, following, strict=True)):
+            layer.attention(normed_ND, step, index, y_ND)
+            add_rms_norm(x_ND, y_ND, layer.post_norm, decoder.eps, scale=decoder.residual_scale, out_TD=normed_ND)
+            added_ND = self._feed_forward(layer, normed_ND, step, y_ND)
+            add_rms_norm(x_ND, added_ND, norm, decoder.eps, scale=decoder.residual_scale, out_TD=normed_ND)
+        return normed_ND
+
+    def _feed_forward(self, layer: _Layer, x_ND: np.ndarray, step: Step, out_ND: np.ndarray) -> np.ndarray:
+        """The dense MLP, or routed experts and what every token passes. The seam's own result is left as it is."""
+        rows = len(x_ND)
+        if layer.mlp is not None:
+            ends = np.array([0, rows], np.int64)
+            activation = self.decoder.activation
+            grouped_ffn(
+                x_ND, np.arange(rows), ends, [layer.mlp], activation=activation, limit=0.0, alpha=1.0, out_ND=out_ND,
+                threads=step.threads,
+            )  # fmt: skip
+        if layer.router is None:
+            return out_ND
+        if layer.mlp_gate is not None:
+            out_ND *= sigmoid(linear(x_ND, layer.mlp_gate[0], bias_R=layer.mlp_gate[1], threads=1))
+        router = layer.router
+        logits_NE = router.logits(x_ND, step.scratch.take("logits", rows, router.weight.rows), step.threads)
+        ids_NK, weights_NK = route(logits_NE, router.facts, router.choice)
+        routed_ND = self.seam(router.facts.ordinal, x_ND, ids_NK, weights_NK, None)
+        if layer.mlp is None:
+            return routed_ND
+        out_ND += routed_ND
+        return out_ND
+
+    def _rest(self) -> None:
+        """A pass of padding alone: every layer's seam is told that nothing is demanded."""
+        none_0 = np.zeros(0, bool)
+        for layer in self.layout.facts.layers:
+            empty = np.zeros((0, layer.top_k))
+            x_0D = np.zeros((0, self.layout.facts.d_model), np.float32)
+            self.seam(layer.ordinal, x_0D, empty.astype(np.int64), empty.astype(np.float32), none_0)
+
+    def _logits(self, x_ND: np.ndarray, logits_BTV: np.ndarray, shown_BT: np.ndarray | None) -> None:
+        """Fill the logits of the shown tokens, whose rows are x_ND."""
+        target = logits_BTV.reshape(-1, logits_BTV.shape[2]) if shown_BT is None else None
+        found = linear(x_ND, self._head, out_TR=target, threads=self.threads)
+        if self.decoder.logits_divisor != 1.0:
+            found /= np.float32(self.decoder.logits_divisor)
+        if shown_BT is not None:
+            logits_BTV[shown_BT] = found
+
+    def ahead(self, ordinal: int, x_TD: np.ndarray, width: int) -> np.ndarray | None:
+        """ids_TW: the `width` experts that layer `ordinal`'s router likes best for x_TD, best first."""
+        router = self._routers[ordinal]
+        scores_TE = liked(router.logits(x_TD, threads=self.threads), router.facts, router.choice)
+        return topk(scores_TE, min(width, scores_TE.shape[1]))[0]
+
+
+def _view(mlp: Mlp, weights: Weights) -> ExpertView:
+    gate, gate_bias = weights.linear(mlp.gate)
+    down, down_bias = weights.linear(mlp.down)
+    if mlp.up is not None:
+        up, up_bias = weights.linear(mlp.up)
+        return ExpertView(gate, up, down, gate_bias, up_bias, down_bias)
+    half = gate.rows // 2
+    biases = (None, None) if gate_bias is None else (gate_bias[:half], gate_bias[half:])
+    return ExpertView(wrap(gate.data[:half]), wrap(gate.data[half:]), down, *biases, down_bias)
+
+
+def _shown(batch: int, width: int, valid_BT: np.ndarray | None, every: bool) -> np.ndarray:
+    """Which tokens' logits are asked for and exist: bool [B, T], or [B, 1] without `every`."""
+    valid_BT = np.ones((batch, width), bool) if valid_BT is None else valid_BT
+    return valid_BT if every else valid_BT[:, -1:]
