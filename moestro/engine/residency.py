@@ -23,6 +23,7 @@ from moestro.core.trace import Trace
 from moestro.engine.allocate.demand import demand, working_set
 from moestro.engine.allocate.shallow import shallow
 from moestro.engine.allocate.uniform import uniform
+from moestro.engine.evict.edgemoe import EdgeMoe
 from moestro.engine.forecast import REPEATED, assumed_hit_rate, compute_seconds, forecast, seconds_per_token
 from moestro.engine.replay import LRU, NONE, CacheReport, Demands, eviction_factory, make_predictor, pins_of, policies, replay
 from moestro.engine.sizes import format_size, parse_size
@@ -117,7 +118,8 @@ def decide(
         disk_rate, memory_rate: bytes/s, for the forecast and for whether a predictor pays.
         context: tokens of KV cache per sequence, at most the model's own; 2048 by default. batch: sequences.
         chunk: tokens per prefill pass; by default the largest power of two up to 512 whose buffers stay small.
-        trace: of this model; policies are chosen by replaying it. Without one: LRU with slots shared by all layers.
+        trace: of this model; policies are chosen by replaying it. Without one: slots shared by all layers, and LRU, or
+            EdgeMoE's rule with so few slots that LRU could never hit.
         scope, eviction, predictor, prefetch and options: chosen by the caller, not here.
 
     Raises:
@@ -238,7 +240,9 @@ def _settings(
     with even slots need a try.
     """
     experts, top_k = [la.num_experts for la in facts.layers], [la.top_k for la in facts.layers]
-    names = [asked.eviction] if asked.eviction else policies() if trace is not None else [LRU]
+    # With no more slots than a token's other layers use, LRU evicts everything just before it is needed again: no hit at all.
+    usual = LRU if capacity > sum(top_k) - max(top_k) else card_of(EdgeMoe).name
+    names = [asked.eviction] if asked.eviction else policies() if trace is not None else [usual]
 
     def made(where: str, slots: tuple[int, ...], allocation: str = "") -> list[Setting]:
         out = []

@@ -124,6 +124,15 @@ def test_without_a_trace_it_is_lru_in_one_pool():
     assert (plan.eviction, plan.scope, plan.predictor, plan.slots, plan.inputs) == (LRU, "global", NONE, (16,), {})
 
 
+def test_with_so_few_slots_that_lru_never_hits_it_is_not_lru():
+    plan = with_slots(6)
+    assert plan.eviction == "engine.evict.edgemoe" and plan.scope == "global"
+    assert with_slots(7).eviction == LRU
+    trace = sticky()
+    assert replay(trace, (6,), "global", LRU).hit_rate == 0
+    assert replay(trace, (6,), "global", plan.eviction).hit_rate > 0.1
+
+
 def test_what_the_caller_chose_is_kept():
     plan = with_slots(
         16,
