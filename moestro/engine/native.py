@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moestro.core.errors import CheckpointError, UnsupportedModel
+from moestro.core.errors import CheckpointError, InputError, UnsupportedModel
 from moestro.core.layer import LayerFacts
 from moestro.engine.attention_cache import DTYPES, SequenceCache
 from moestro.engine.native_attention import GroupedAttention, LatentAttention, Scratch, Step
@@ -23,10 +23,28 @@ from moestro.kernels.softmax import sigmoid
 from moestro.kernels.topk import topk
 from moestro.models.checkpoint import Checkpoint
 from moestro.models.layout import Layout
-from moestro.models.native import describe
+from moestro.models.native import describe, native_supported
 from moestro.models.native.decoder import Attention, Decoder, Layer, Mlp
 from moestro.models.native.router import liked, route
 from moestro.models.native.weights import Weights, wrap
+
+TRUNKS = ("auto", "native", "transformers")
+
+
+def choose_trunk(checkpoint: Checkpoint, layout: Layout, trunk: str = "auto", dtype: str = "auto") -> str:
+    """'native' or 'transformers': what is asked for, or with 'auto' the native trunk where it computes this checkpoint.
+
+    Reads no weight and imports neither torch nor transformers.
+
+    Raises:
+        InputError: no such trunk. UnsupportedModel: the native trunk is asked for and cannot run this checkpoint.
+    """
+    if trunk not in TRUNKS:
+        raise InputError(f"the trunk is {trunk!r}", expected=", ".join(TRUNKS))
+    reason = None if trunk == "transformers" else native_supported(checkpoint, layout, dtype)
+    if trunk == "native" and reason is not None:
+        raise UnsupportedModel(reason, expected="a decoder that the native trunk computes", fix="use the transformers trunk")
+    return "transformers" if trunk == "transformers" or reason is not None else "native"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from moestro.core.errors import CheckpointError, UnsupportedModel
+from moestro.core.errors import CheckpointError, InputError, UnsupportedModel
 from moestro.core.layer import LayerFacts, RouterFacts
 from moestro.engine.attention_cache import Room, SequenceCache
 from moestro.engine.engine import Engine
-from moestro.engine.native import NativeTrunk
+from moestro.engine.native import NativeTrunk, choose_trunk
 from moestro.engine.sample import SamplingParams
 from moestro.engine.trunk import Trunk
 from moestro.models.families.settings import Settings
@@ -267,6 +267,17 @@ def test_what_is_not_supported_says_why(tiny, opened, tmp_path):
     assert "longrope" in str(native_supported(*opened(folder)))
     assert "bfloat16 is asked for" in str(native_supported(*opened(tiny("mixtral")[0]), "bfloat16"))
     assert native_supported(*opened(tiny("mixtral")[0]), "float32") is None
+
+
+def test_the_trunk_that_is_chosen(tiny, opened):
+    able, unable = opened(tiny("mixtral")[0]), opened(tiny("jamba")[0])
+    assert [choose_trunk(*able, name) for name in ("auto", "native", "transformers")] == ["native", "native", "transformers"]
+    assert [choose_trunk(*unable, name) for name in ("auto", "transformers")] == ["transformers"] * 2
+    assert choose_trunk(*able, "auto", "bfloat16") == "transformers"
+    with pytest.raises(UnsupportedModel, match="no jamba"):
+        choose_trunk(*unable, "native")
+    with pytest.raises(InputError, match="'fast'"):
+        choose_trunk(*able, "fast")
 
 
 @pytest.mark.parametrize("family", [f for f in NATIVE if f not in ("deepseek_v3", "deepseek_v2_groups")])
