@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 EPILOG = """Examples:
 
 \b
-  moestro apply plan.json -o ./store                  pack the experts as the plan says
-  moestro apply plan.json -o ./store --codec int8-64  smaller records, other numbers: runs then say SHRUNK
-  moestro run MODEL "Hello" --memory 4GiB --store ./store"""
+  moestro apply plan.json -o ./store                     pack the experts as the plan says
+  moestro run MODEL "Hello" --plan plan.json --store ./store
+  moestro apply plan.json -o ./store8 --codec int8:64    other numbers in fewer bytes: runs then say SHRUNK
+  moestro run MODEL "Hello" --memory 4GiB --store ./store8"""
 
 
 def apply(
@@ -28,7 +29,11 @@ def apply(
         str | None, typer.Option(help="Where the model is now, if not where the plan says.", show_default=False)
     ] = None,
     codec: Annotated[
-        str | None, typer.Option(help="Pack with this codec: stored, bf16, f16, f32, mxfp4, int8 or int4.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Pack with another codec than the plan's: stored, f32, f16, bf16, mxfp4, int8:64, int4:32, ...",
+            show_default=False,
+        ),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,

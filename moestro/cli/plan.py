@@ -46,7 +46,13 @@ def residency(
     eviction: EvictionChoice = None,
     predictor: PredictorChoice = None,
     scope: Scope = None,
-    codec: Annotated[str | None, typer.Option(help="How a packed store is to keep the experts.", show_default=False)] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            help="How a packed store is to keep the experts: stored, f32, f16, bf16, mxfp4, int8:64, int4:32, ...",
+            show_default=False,
+        ),
+    ] = None,
     revision: Revision = None,
     quiet: Quiet = False,
     as_json: Json = False,

@@ -151,13 +151,16 @@ def test_trace_is_recorded_shown_and_replayed(run, moestro, tiny, tmp_path):
     assert counted["decode"]["hit_rate"] == done["statistics"]["decode_hit_rate"], "replay agrees with the live run"
 
 
-def test_a_packed_store(run, moestro, plan, tmp_path):
+def test_a_packed_store(run, moestro, tiny, plan, tmp_path):
     done = moestro("apply", plan, "-o", tmp_path / "store", "--json")
     assert done.code == 0 and done.json["codec"] == "stored" and done.json["experts"] == 12
     assert done.json["bytes"] == sum(f.stat().st_size for f in (tmp_path / "store").iterdir())
     assert run("Hello", "--store", tmp_path / "store").out == run("Hello").out
     assert moestro("apply", plan, "-o", tmp_path / "half", "--codec", "f16").code == 0
-    assert "SHRUNK" in run("Hello", "--store", tmp_path / "half").err
+    refused = run("Hello", "--store", tmp_path / "half")
+    assert refused.code == 2 and "codec" in refused.err, "that is not the store of this plan"
+    done = moestro("run", tiny, "Hello", "--store", tmp_path / "half", "-m", "16GiB", "-n", 4)
+    assert done.code == 0 and "SHRUNK" in done.err and "f16" in done.err
 
 
 def test_a_plan_of_another_model_is_refused(moestro, tiny, plan, tmp_path):
