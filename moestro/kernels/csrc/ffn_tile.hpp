@@ -15,6 +15,7 @@ namespace {
 
 constexpr int UNIT = 32;  // inputs per step: the smallest group, and a multiple of LANES
 constexpr int QUAD = 4;   // output rows per register tile
+constexpr int PASS = 4;   // tokens that take the weights as stored at once
 
 // Not std::min: an inline function of the library compiled with this file's flags could be linked into portable code.
 template <class T>
@@ -86,6 +87,9 @@ inline V values_part(const float* x, int count) {
 template <Format F>
 constexpr bool grouped = F == Format::int8 || F == Format::int4 || F == Format::mxfp4;
 
+template <Format F>
+constexpr int64_t unit_bytes = F == Format::f32 ? 128 : F == Format::int8 ? 32 : grouped<F> ? 16 : 64;
+
 struct Rows {  // the rows of a quad; short quads repeat their last row
     const uint8_t* data[QUAD];
     const uint8_t* scales[QUAD];
@@ -98,49 +102,51 @@ struct Rows {  // the rows of a quad; short quads repeat their last row
     }
 };
 
-// R <= 3 tokens against the weights as they are stored.
+// R tokens against up to QUAD output rows as they are stored; out[r * TILE + i].
 template <Format F, int R>
 void direct(const MatrixRef& w, int64_t first, int count, const float* const* x, float* out) {
     const int64_t cols = w.cols, whole = cols / UNIT * UNIT;
-    constexpr int64_t bytes_of_unit = F == Format::f32 ? 128 : F == Format::int8 ? 32 : grouped<F> ? 16 : 64;
-    for (int q = 0; q < count; q += QUAD) {
-        const int valid = lesser(QUAD, count - q);
-        const Rows rows(w, first + q, valid);
-        V sums[QUAD][R];
-        for (int i = 0; i < QUAD; ++i)
-            for (int r = 0; r < R; ++r) sums[i][r] = V::zero();
-        int64_t c = 0;
-        for (; c < whole; c += UNIT) {
-            for (int i = 0; i < QUAD; ++i) {
-                const uint8_t* row = rows.data[i];
-                // The same place of the next quad: hardware prefetch stops at each page, and rows are about a page long.
-                const uint8_t* ahead = row + QUAD * w.stride + c / UNIT * bytes_of_unit;
-                V::prefetch(ahead);
-                if constexpr (bytes_of_unit > 64) V::prefetch(ahead + 64);
-                const Scale scale = scale_of<F>(w, rows.scales[i], c);
-                for (int j = 0; j < UNIT; j += V::LANES) {
-                    const V weight = weights_at<F>(row, c + j, scale);
-                    for (int r = 0; r < R; ++r) sums[i][r] = V::fma(weight, V::load(x[r] + c + j), sums[i][r]);
-                }
+    const Rows rows(w, first, count);
+    V sums[QUAD][R];
+    for (int i = 0; i < QUAD; ++i)
+        for (int r = 0; r < R; ++r) sums[i][r] = V::zero();
+    int64_t c = 0;
+    for (; c < whole; c += UNIT) {
+        for (int i = 0; i < QUAD; ++i) {
+            const uint8_t* row = rows.data[i];
+            // The same place of the next quad: hardware prefetch stops at each page, and rows are about a page long.
+            const uint8_t* ahead = row + QUAD * w.stride + c / UNIT * unit_bytes<F>;
+            V::prefetch(ahead);
+            if constexpr (unit_bytes<F> > 64) V::prefetch(ahead + 64);
+            const Scale scale = scale_of<F>(w, rows.scales[i], c);
+            for (int j = 0; j < UNIT; j += V::LANES) {
+                const V weight = weights_at<F>(row, c + j, scale);
+                for (int r = 0; r < R; ++r) sums[i][r] = V::fma(weight, V::load(x[r] + c + j), sums[i][r]);
             }
-        }
-        if constexpr (!grouped<F>) {
-            for (; c < cols; c += V::LANES) {
-                const int part = static_cast<int>(lesser<int64_t>(V::LANES, cols - c));
-                V values[R];
-                for (int r = 0; r < R; ++r) values[r] = values_part(x[r] + c, part);
-                for (int i = 0; i < QUAD; ++i) {
-                    const V weight = weights_part<F>(rows.data[i], c, part);
-                    for (int r = 0; r < R; ++r) sums[i][r] = V::fma(weight, values[r], sums[i][r]);
-                }
-            }
-        }
-        for (int r = 0; r < R; ++r) {
-            float four[QUAD];
-            V::sum4(sums[0][r], sums[1][r], sums[2][r], sums[3][r], four);
-            for (int i = 0; i < valid; ++i) out[r * TILE + q + i] = four[i];
         }
     }
+    if constexpr (!grouped<F>) {
+        for (; c < cols; c += V::LANES) {
+            const int part = static_cast<int>(lesser<int64_t>(V::LANES, cols - c));
+            V values[R];
+            for (int r = 0; r < R; ++r) values[r] = values_part(x[r] + c, part);
+            for (int i = 0; i < QUAD; ++i) {
+                const V weight = weights_part<F>(rows.data[i], c, part);
+                for (int r = 0; r < R; ++r) sums[i][r] = V::fma(weight, values[r], sums[i][r]);
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        float four[QUAD];
+        V::sum4(sums[0][r], sums[1][r], sums[2][r], sums[3][r], four);
+        for (int i = 0; i < count; ++i) out[r * TILE + i] = four[i];
+    }
+}
+
+template <Format F, int R>
+void direct_of(int take, const MatrixRef& w, int64_t first, int count, const float* const* x, float* out) {
+    if (take == R) return direct<F, R>(w, first, count, x, out);
+    if constexpr (R > 1) direct_of<F, R - 1>(take, w, first, count, x, out);
 }
 
 // weights[i * BLOCK + c]: `width` inputs from `from` of TILE output rows as float, zero-padded to whole vectors.
@@ -152,6 +158,10 @@ void expand(const MatrixRef& w, int64_t first, int count, int64_t from, int widt
         float* to = weights + i * BLOCK;
         int c = 0;
         for (; c + UNIT <= width; c += UNIT) {
+            // The next block of this row: it is asked for while this one is used.
+            const uint8_t* ahead = row + (from + BLOCK + c) / UNIT * unit_bytes<F>;
+            V::prefetch(ahead);
+            if constexpr (unit_bytes<F> > 64) V::prefetch(ahead + 64);
             const Scale scale = scale_of<F>(w, scales, from + c);
             for (int j = 0; j < UNIT; j += V::LANES) V::store(to + c + j, weights_at<F>(row, from + c + j, scale));
         }
@@ -188,6 +198,12 @@ inline void micro(const float* weights, const float* const* x, int64_t from, int
         for (int r = 0; r < R; ++r) V::store(sums + (r * TILE + i) * V::LANES, s[i][r]);
 }
 
+template <int R>
+inline void micro_of(int take, const float* weights, const float* const* x, int64_t from, int width, float* sums, bool begin) {
+    if (take == R) return micro<R>(weights, x, from, width, sums, begin);
+    if constexpr (R > 1) micro_of<R - 1>(take, weights, x, from, width, sums, begin);
+}
+
 template <Format F>
 void tiled(const MatrixRef& w, int64_t first, int count, const float* const* x, int rows, float* out, Scratch& scratch) {
     const int quads = (count + QUAD - 1) / QUAD;
@@ -197,16 +213,11 @@ void tiled(const MatrixRef& w, int64_t first, int count, const float* const* x, 
         for (int i = count; i < quads * QUAD; ++i) std::memset(scratch.weights + i * BLOCK, 0, sizeof(float) * BLOCK);
         for (int r = 0; r < rows;) {
             const int left = rows - r;
-            const int take = left >= V::TOKENS ? V::TOKENS : left;
-            for (int q = 0; q < quads; ++q) {
-                const float* weights = scratch.weights + q * QUAD * BLOCK;
-                float* sums = scratch.sums + (r * TILE + q * QUAD) * V::LANES;
-                if (take == V::TOKENS)
-                    micro<V::TOKENS>(weights, x + r, from, width, sums, from == 0);
-                else
-                    for (int t = 0; t < take; ++t)
-                        micro<1>(weights, x + r + t, from, width, sums + t * TILE * V::LANES, from == 0);
-            }
+            // One token more than fits is better halved: a single token has too few sums to hide the latency.
+            const int take = left <= V::TOKENS ? left : left == V::TOKENS + 1 && left > 3 ? left / 2 : V::TOKENS;
+            for (int q = 0; q < quads; ++q)
+                micro_of<V::TOKENS>(take, scratch.weights + q * QUAD * BLOCK, x + r, from, width,
+                                    scratch.sums + (r * TILE + q * QUAD) * V::LANES, from == 0);
             r += take;
         }
     }
@@ -224,12 +235,15 @@ void product_of(const MatrixRef& w, int64_t first, int count, const float* const
         std::memset(out, 0, sizeof(float) * TILE * static_cast<size_t>(rows));
         return;
     }
-    switch (rows) {
-        case 1: return direct<F, 1>(w, first, count, x, out);
-        case 2: return direct<F, 2>(w, first, count, x, out);
-        case 3: return direct<F, 3>(w, first, count, x, out);
-        default: return tiled<F>(w, first, count, x, rows, out, scratch);
-    }
+    // Measured: expanding costs about as much as four passes over weights in groups, eight over others.
+    constexpr int few = grouped<F> ? 4 : 8;
+    if (rows > few) return tiled<F>(w, first, count, x, rows, out, scratch);
+    for (int q = 0; q < count; q += QUAD)
+        for (int r = 0; r < rows;) {
+            const int passes = (rows - r + PASS - 1) / PASS, take = (rows - r) / passes;
+            direct_of<F, PASS>(take, w, first + q, lesser(QUAD, count - q), x + r, out + r * TILE + q);
+            r += take;
+        }
 }
 
 void product(const MatrixRef& w, int64_t first, int count, const float* const* x, int rows, float* out, Scratch& scratch) {
