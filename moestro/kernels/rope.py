@@ -17,7 +17,7 @@ def rotate(x_THd: np.ndarray, cos_TR: np.ndarray, sin_TR: np.ndarray, *, interle
         ValueError: arrays that do not fit one another, or an odd R.
     """
     module = native.extension()
-    if module is not None and hasattr(module, "rotate"):
+    if module is not None:
         module.rotate(x_THd, cos_TR, sin_TR, interleaved, start)
         return
     rotated = cos_TR.shape[1]

@@ -1,4 +1,5 @@
-// The only file that knows Python. Addresses come as integers: the Python side has checked dtypes, shapes and strides.
+// With trunk_bindings.cpp the only files that know Python. Here addresses come as integers: the Python side has checked dtypes,
+// shapes and strides.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
@@ -14,6 +15,7 @@
 #include "kernels.hpp"
 #include "level.hpp"
 #include "reader.hpp"
+#include "trunk_bindings.hpp"
 
 namespace nb = nanobind;
 using namespace moestro;
@@ -28,13 +30,6 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-using Packed = std::array<int64_t, 9>;  // Matrix.pack()
-
-MatrixRef matrix(const Packed& p) {
-    return {static_cast<Format>(p[0]), at<const uint8_t>(static_cast<Address>(p[1])), p[2], p[3], p[4],
-            at<const uint8_t>(static_cast<Address>(p[5])), p[6], p[7] != 0, static_cast<int>(p[8])};
-}
-
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -45,10 +40,11 @@ NB_MODULE(_native, m) {
 
     nb::class_<Expert>(m, "Expert").def(
         "__init__",
-        [](Expert* self, const std::optional<Packed>& gate, const Packed& up, const Packed& down, Address gate_bias, Address up_bias,
-           Address down_bias) {
-            new (self) Expert{gate.has_value(), matrix(gate.value_or(up)), matrix(up), matrix(down), at<const float>(gate_bias),
-                              at<const float>(up_bias), at<const float>(down_bias)};
+        [](Expert* self, const std::optional<PackedMatrix>& gate, const PackedMatrix& up, const PackedMatrix& down,
+           Address gate_bias, Address up_bias, Address down_bias) {
+            new (self) Expert{gate.has_value(),           matrix_of(gate.value_or(up)), matrix_of(up),
+                              matrix_of(down),            at<const float>(gate_bias),   at<const float>(up_bias),
+                              at<const float>(down_bias)};
         },
         nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
 
@@ -101,6 +97,8 @@ NB_MODULE(_native, m) {
         Unlocked unlocked;
         return read_bandwidth(at<const void>(buffer), bytes, seconds, threads);
     });
+
+    bind_trunk(m);
 
     using Request = std::tuple<int64_t, int64_t, int64_t, Address>;
     nb::class_<Queue>(m, "Queue")

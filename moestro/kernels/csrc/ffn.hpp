@@ -37,12 +37,19 @@ struct alignas(64) Scratch {  // one per thread, allocated once
     float up[ROWS * TILE];
 };
 
+struct Cache;  // attention.hpp
+
 struct FfnLevel {
     const char* name;
     // out[r * TILE + i] = dot(w[first + i], x[r]) for count <= TILE rows of w and rows <= ROWS tokens
     void (*product)(const MatrixRef& w, int64_t first, int count, const float* const* x, int rows, float* out, Scratch& scratch);
     // h[i] = act(gate[i]) * up[i], or act(up[i]) when gate is null
     void (*activate)(const float* gate, const float* up, int count, Activation activation, float limit, float alpha, float* h);
+    // scores[begin..end) of a span become exponentials of scale * score less the largest, which goes to `top`; returns their sum
+    float (*soften)(float* scores, int begin, int end, float scale, float softcap, float* top);
+    // sums[r] += the values from `position` on, key k times weights[r * SPAN + k], for k in begin[r]..end[r); rows of sums are padded
+    void (*blend)(const Cache& values, int64_t position, const float* weights, const int* begin, const int* end, int rows,
+                  float* sums, int64_t sums_stride, Scratch& scratch);
 };
 
 // Null where the compiler's target lacks the instruction set.

@@ -62,11 +62,11 @@ struct V {
 }  // namespace
 }  // namespace moestro
 
-#include "ffn_tile.hpp"
+#include "attention_tile.hpp"
 
 namespace moestro {
 const FfnLevel* ffn_avx2() {
-    static const FfnLevel level{"avx2", product, activate};
+    static const FfnLevel level{"avx2", product, activate, soften, blend};
     return &level;
 }
 }  // namespace moestro

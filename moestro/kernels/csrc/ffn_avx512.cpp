@@ -63,11 +63,11 @@ struct V {
 }  // namespace
 }  // namespace moestro
 
-#include "ffn_tile.hpp"
+#include "attention_tile.hpp"
 
 namespace moestro {
 const FfnLevel* ffn_avx512() {
-    static const FfnLevel level{"avx512", product, activate};
+    static const FfnLevel level{"avx512", product, activate, soften, blend};
     return &level;
 }
 }  // namespace moestro

@@ -67,11 +67,11 @@ struct V {
 }  // namespace
 }  // namespace moestro
 
-#include "ffn_tile.hpp"
+#include "attention_tile.hpp"
 
 namespace moestro {
 const FfnLevel* ffn_neon() {
-    static const FfnLevel level{"neon", product, activate};
+    static const FfnLevel level{"neon", product, activate, soften, blend};
     return &level;
 }
 }  // namespace moestro

@@ -111,11 +111,11 @@ struct V {
 }  // namespace
 }  // namespace moestro
 
-#include "ffn_tile.hpp"
+#include "attention_tile.hpp"
 
 namespace moestro {
 const FfnLevel* ffn_scalar() {
-    static const FfnLevel level{"scalar", product, activate};
+    static const FfnLevel level{"scalar", product, activate, soften, blend};
     return &level;
 }
 }  // namespace moestro
