@@ -87,12 +87,15 @@ class Matrix:
             nibbles[:, 0::2], nibbles[:, 1::2] = self.data & 15, self.data >> 4
             values = MXFP4_VALUES[nibbles] if self.format == "mxfp4" else nibbles.astype(np.float32) - 8
         if self.format == "mxfp4":
-            # 255 is not-a-number in the MX standard.
-            scales = np.where(self.scales == 255, np.float32(np.nan), np.ldexp(np.float32(1), self.scales.astype(np.int32) - 127))
+            bits = self.scales.astype(np.uint32) << 23  # the exponent field of a float; its lowest value would be subnormal
+            bits[self.scales == 0] = 0x00400000
+            bits[self.scales == 255] = 0x7FC00000  # not-a-number in the MX standard
+            scales = bits.view(np.float32)
         else:
             scales = self.scales
         grouped = values.reshape(self.rows, self.cols // self.group, self.group)
-        grouped *= scales.astype(np.float32)[:, :, None]
+        with np.errstate(over="ignore"):  # the largest scales reach infinity, as in native code
+            grouped *= scales.astype(np.float32)[:, :, None]
         return values
 
     def pack(self) -> tuple[int, ...]:
@@ -213,6 +216,7 @@ def grouped_ffn(
     )
 
 
+@np.errstate(over="ignore", invalid="ignore")  # infinities and not-a-number pass through in silence, as in native code
 def reference_grouped_ffn(
     x_TD: np.ndarray,
     rows_N: np.ndarray,
@@ -245,6 +249,7 @@ def reference_grouped_ffn(
             out_ND[n] = y if expert.down_bias is None else y + expert.down_bias
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def activate(gate: np.ndarray | None, up: np.ndarray, activation: str, limit: float, alpha: float) -> np.ndarray:
     """What goes into the down projection: act(gate) * up, or act(up) without a gate. float32."""
     if activation == "swiglu_clamped":

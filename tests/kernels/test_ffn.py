@@ -235,3 +235,24 @@ def test_refusals(level):
     with pytest.raises(ValueError, match="not a bf16 matrix"):
         Matrix(np.zeros((2, 32), np.float32), "bf16")
     assert run(x, np.zeros(0, np.int64), [0, 0], [view]).shape == (0, 32)
+
+
+def test_every_mxfp4_scale(level):
+    """All 256 exponents times all 16 codes, read through an identity; 255 is not-a-number, tiny ones are subnormal."""
+    codes = np.tile(np.arange(16, dtype=np.uint8), 2)
+    data = np.tile(codes[0::2] | codes[1::2] << 4, (256, 1))
+    up = Matrix(data, "mxfp4", np.arange(256, dtype=np.uint8)[:, None])
+    expected = up.dequantise()
+    assert np.isnan(expected[255]).all() and np.isfinite(expected[:253]).all() and expected[0, 1] == 2.0**-128
+    eye = Matrix(np.eye(32, 256, dtype=np.float32), "f32")
+    for rows in (1, 5, 9):
+        out = run(np.eye(32, dtype=np.float32)[:rows], np.arange(rows), [0, rows], [ExpertView(None, up, eye)], "relu")
+        # The sum meets the not-a-number of row 255, which the identity multiplies by zero.
+        assert np.isnan(out).all()
+    real = Matrix(data[:253], "mxfp4", np.arange(253, dtype=np.uint8)[:, None])
+    for first in range(0, 253, 32):
+        pick = Matrix(np.eye(32, 253, first, dtype=np.float32), "f32")
+        for rows in (3, 32):
+            out = run(np.eye(32, dtype=np.float32)[:rows], np.arange(rows), [0, rows], [ExpertView(None, real, pick)], "relu")
+            wanted = np.maximum(expected[first : min(first + 32, 253), :rows].T, 0)
+            assert (out[:, : wanted.shape[1]] == wanted).all()

@@ -9,15 +9,21 @@ namespace {
 
 template <class T>
 void transpose_items(const char* in, int64_t stride, int64_t step, int64_t rows, int64_t cols, T* out, int threads) {
-    constexpr int64_t SIDE = 64;  // a square of this side of both matrices stays in the first cache
+    // Through a small square of our own: rows of the matrices often lie a power of two apart, which few cache lines can hold.
+    constexpr int64_t SIDE = 64;
     parallel(threads, (cols + SIDE - 1) / SIDE, 1, [&](int64_t begin, int64_t end) {
+        T square[SIDE * SIDE];
         for (int64_t block = begin; block < end; ++block) {
-            const int64_t c0 = block * SIDE, c1 = std::min(c0 + SIDE, cols);
+            const int64_t c0 = block * SIDE, width = std::min(SIDE, cols - c0);
             for (int64_t r0 = 0; r0 < rows; r0 += SIDE) {
-                const int64_t r1 = std::min(r0 + SIDE, rows);
-                for (int64_t c = c0; c < c1; ++c)
-                    for (int64_t r = r0; r < r1; ++r)
-                        std::memcpy(out + c * rows + r, in + r * stride + c * step * static_cast<int64_t>(sizeof(T)), sizeof(T));
+                const int64_t height = std::min(SIDE, rows - r0);
+                for (int64_t r = 0; r < height; ++r) {
+                    const char* from = in + (r0 + r) * stride + c0 * step * static_cast<int64_t>(sizeof(T));
+                    for (int64_t c = 0; c < width; ++c)
+                        std::memcpy(&square[c * SIDE + r], from + c * step * static_cast<int64_t>(sizeof(T)), sizeof(T));
+                }
+                for (int64_t c = 0; c < width; ++c)
+                    std::memcpy(out + (c0 + c) * rows + r0, &square[c * SIDE], static_cast<size_t>(height) * sizeof(T));
             }
         }
     });
@@ -27,12 +33,16 @@ void transpose_items(const char* in, int64_t stride, int64_t step, int64_t rows,
 
 void to_f32(const uint16_t* values, float* out, int64_t count, bool half, int threads) {
     parallel(threads, count, 1 << 16, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            uint16_t h;
-            std::memcpy(&h, values + i, 2);  // the source may lie at an odd address
-            if (half) {
+        // The source may lie at an odd address, hence memcpy.
+        uint16_t h;
+        if (half) {
+            for (int64_t i = begin; i < end; ++i) {
+                std::memcpy(&h, values + i, 2);
                 out[i] = from_half(h);
-            } else {
+            }
+        } else {
+            for (int64_t i = begin; i < end; ++i) {
+                std::memcpy(&h, values + i, 2);
                 const uint32_t bits = static_cast<uint32_t>(h) << 16;
                 std::memcpy(out + i, &bits, 4);
             }

@@ -25,21 +25,24 @@ struct V {
     static V load_int8(const uint8_t* p) {
         return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
     }
-    static __m256i nibbles(const uint8_t* p) {
-        int32_t word;
-        __builtin_memcpy(&word, p, 4);
-        const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-        return _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(word), shifts), _mm256_set1_epi32(15));
+    static __m256i word(const uint8_t* p) {  // eight nibbles, in every lane
+        int32_t bits;
+        __builtin_memcpy(&bits, p, 4);
+        return _mm256_set1_epi32(bits);
+    }
+    static __m256i shifted(const uint8_t* p) {  // nibble j in the low bits of lane j
+        return _mm256_srlv_epi32(word(p), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
     }
     // q * s - 8 s in one rounding is exactly (q - 8) * s rounded.
     static V scaled_int4(const uint8_t* p, V by, V offset) {
-        return {_mm256_fmadd_ps(_mm256_cvtepi32_ps(nibbles(p)), by.v, offset.v)};
+        const __m256i q = _mm256_and_si256(shifted(p), _mm256_set1_epi32(15));
+        return {_mm256_fmadd_ps(_mm256_cvtepi32_ps(q), by.v, offset.v)};
     }
-    static V load_mxfp4(const uint8_t* p) {
-        const __m256i q = nibbles(p);
-        const __m256 sizes = _mm256_permutevar8x32_ps(_mm256_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6), q);  // uses 3 bits of q
-        const __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(q, 3), 31);
-        return {_mm256_xor_ps(sizes, _mm256_castsi256_ps(sign))};
+    static V mxfp4_table(float scale) { return mul({_mm256_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6)}, set(scale)); }
+    static V scaled_mxfp4(const uint8_t* p, V table) {
+        const __m256 sizes = _mm256_permutevar8x32_ps(table.v, shifted(p));  // looks at three bits
+        const __m256i signs = _mm256_sllv_epi32(word(p), _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0));
+        return {_mm256_xor_ps(sizes, _mm256_and_ps(_mm256_castsi256_ps(signs), _mm256_set1_ps(-0.0f)))};
     }
     static V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
     static V add(V a, V b) { return {_mm256_add_ps(a.v, b.v)}; }

@@ -37,10 +37,10 @@ struct V {
     static V scaled_int4(const uint8_t* p, V by, V offset) {
         return {_mm512_fmadd_ps(_mm512_cvtepi32_ps(nibbles(p)), by.v, offset.v)};
     }
-    static V load_mxfp4(const uint8_t* p) {
-        const __m512 table = _mm512_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -.5f, -1, -1.5f, -2, -3, -4, -6);
-        return {_mm512_permutexvar_ps(nibbles(p), table)};
+    static V mxfp4_table(float scale) {
+        return mul({_mm512_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -.5f, -1, -1.5f, -2, -3, -4, -6)}, set(scale));
     }
+    static V scaled_mxfp4(const uint8_t* p, V table) { return {_mm512_permutexvar_ps(nibbles(p), table.v)}; }
     static V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
     static V add(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
     static V sub(V a, V b) { return {_mm512_sub_ps(a.v, b.v)}; }

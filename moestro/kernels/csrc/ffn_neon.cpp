@@ -40,9 +40,10 @@ struct V {
     static V scaled_int4(const uint8_t* p, V by, V) {
         return mul(of(vsub_s8(vreinterpret_s8_u8(nibbles(p)), vdup_n_s8(8))), by);
     }
-    static V load_mxfp4(const uint8_t* p) {  // twice the value fits a byte; the sign of zero does not matter here
+    static V mxfp4_table(float scale) { return set(0.5f * scale); }
+    static V scaled_mxfp4(const uint8_t* p, V half) {  // twice the value fits a byte; the sign of zero does not matter here
         static const int8_t twice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-        return mul(of(vqtbl1_s8(vld1q_s8(twice), nibbles(p))), set(0.5f));
+        return mul(of(vqtbl1_s8(vld1q_s8(twice), nibbles(p))), half);
     }
     static V fma(V x, V y, V z) { return {vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b)}; }
     static V add(V x, V y) { return {vaddq_f32(x.a, y.a), vaddq_f32(x.b, y.b)}; }

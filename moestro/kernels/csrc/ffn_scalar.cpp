@@ -64,9 +64,10 @@ struct V {
     static V scaled_int4(const uint8_t* p, const V& by, const V&) {
         return each([&](int i) { return static_cast<float>(nibble(p, i) - 8) * by.v[i]; });
     }
-    static V load_mxfp4(const uint8_t* p) {
+    static V mxfp4_table(float scale) { return set(scale); }
+    static V scaled_mxfp4(const uint8_t* p, const V& by) {
         static const float table[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -.5f, -1, -1.5f, -2, -3, -4, -6};
-        return each([=](int i) { return table[nibble(p, i)]; });
+        return each([&](int i) { return table[nibble(p, i)] * by.v[i]; });
     }
     static V fma(const V& a, const V& b, const V& c) {
         return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });

@@ -23,38 +23,41 @@ inline T lesser(T a, T b) {
     return a < b ? a : b;
 }
 
-inline float scale_at(const MatrixRef& w, const uint8_t* row_scales, int64_t column) {
-    const int64_t i = column / w.group;
-    if (w.format == Format::mxfp4) {  // 2^(e - 127); 255 is not-a-number
-        const uint32_t e = row_scales[i];
-        const uint32_t bits = e == 0 ? 0x00400000u : e == 255 ? 0x7fc00000u : e << 23;
-        float value;
-        std::memcpy(&value, &bits, 4);
-        return value;
-    }
-    if (w.half_scales) {
-        uint16_t bits;
-        std::memcpy(&bits, row_scales + 2 * i, 2);
-        return V::half(bits);
-    }
-    float value;
-    std::memcpy(&value, row_scales + 4 * i, 4);
-    return value;
-}
+template <Format F>
+constexpr bool grouped = F == Format::int8 || F == Format::int4 || F == Format::mxfp4;
+
+// How a row's scales are stored; worked out once per product, for a division per unit would cost as much as the unit.
+struct Scales {
+    int shift;  // log2 of the group
+    bool half;
+    explicit Scales(const MatrixRef& w) : shift(w.group ? __builtin_ctz(static_cast<unsigned>(w.group)) : 0), half(w.half_scales) {}
+};
 
 // What a unit of a row needs besides its data.
 struct Scale {
-    V by, offset;
+    V by, offset;  // for MXFP4 `by` is whatever V::mxfp4_table makes of the scale
 };
 
 template <Format F>
-inline Scale scale_of(const MatrixRef& w, const uint8_t* row_scales, int64_t column) {
-    if constexpr (F == Format::int8 || F == Format::int4 || F == Format::mxfp4) {
-        const float s = scale_at(w, row_scales, column);
-        return {V::set(s), V::set(-8.0f * s)};
-    } else {
-        (void)w, (void)row_scales, (void)column;
+inline Scale scale_of(const Scales& how, const uint8_t* row_scales, int64_t column) {
+    if constexpr (!grouped<F>) {
+        (void)how, (void)row_scales, (void)column;
         return {V::zero(), V::zero()};
+    } else {
+        float value;
+        if constexpr (F == Format::mxfp4) {  // 2^(e - 127); 255 is not-a-number
+            const uint32_t e = row_scales[column / 32];
+            const uint32_t bits = e == 0 ? 0x00400000u : e == 255 ? 0x7fc00000u : e << 23;
+            std::memcpy(&value, &bits, 4);
+            return {V::mxfp4_table(value), V::zero()};
+        } else if (how.half) {
+            uint16_t bits;
+            std::memcpy(&bits, row_scales + 2 * (column >> how.shift), 2);
+            value = V::half(bits);
+        } else {
+            std::memcpy(&value, row_scales + 4 * (column >> how.shift), 4);
+        }
+        return {V::set(value), V::set(-8.0f * value)};
     }
 }
 
@@ -66,7 +69,7 @@ inline V weights_at(const uint8_t* row, int64_t column, const Scale& scale) {
     if constexpr (F == Format::bf16) return V::load_bf16(row + 2 * column);
     if constexpr (F == Format::int8) return V::mul(V::load_int8(row + column), scale.by);
     if constexpr (F == Format::int4) return V::scaled_int4(row + column / 2, scale.by, scale.offset);
-    if constexpr (F == Format::mxfp4) return V::mul(V::load_mxfp4(row + column / 2), scale.by);
+    if constexpr (F == Format::mxfp4) return V::scaled_mxfp4(row + column / 2, scale.by);
 }
 
 // The last 1..LANES-1 inputs, zeros beyond. Only whole-number formats have rows that are no multiple of UNIT.
@@ -83,9 +86,6 @@ inline V values_part(const float* x, int count) {
     std::memcpy(buffer, x, static_cast<size_t>(count) * 4);
     return V::load(buffer);
 }
-
-template <Format F>
-constexpr bool grouped = F == Format::int8 || F == Format::int4 || F == Format::mxfp4;
 
 template <Format F>
 constexpr int64_t unit_bytes = F == Format::f32 ? 128 : F == Format::int8 ? 32 : grouped<F> ? 16 : 64;
@@ -107,18 +107,20 @@ template <Format F, int R>
 void direct(const MatrixRef& w, int64_t first, int count, const float* const* x, float* out) {
     const int64_t cols = w.cols, whole = cols / UNIT * UNIT;
     const Rows rows(w, first, count);
+    const Scales how(w);
     V sums[QUAD][R];
     for (int i = 0; i < QUAD; ++i)
         for (int r = 0; r < R; ++r) sums[i][r] = V::zero();
     int64_t c = 0;
     for (; c < whole; c += UNIT) {
+#pragma GCC unroll 4  // or the sums live in memory
         for (int i = 0; i < QUAD; ++i) {
             const uint8_t* row = rows.data[i];
             // The same place of the next quad: hardware prefetch stops at each page, and rows are about a page long.
             const uint8_t* ahead = row + QUAD * w.stride + c / UNIT * unit_bytes<F>;
             V::prefetch(ahead);
             if constexpr (unit_bytes<F> > 64) V::prefetch(ahead + 64);
-            const Scale scale = scale_of<F>(w, rows.scales[i], c);
+            const Scale scale = scale_of<F>(how, rows.scales[i], c);
             for (int j = 0; j < UNIT; j += V::LANES) {
                 const V weight = weights_at<F>(row, c + j, scale);
                 for (int r = 0; r < R; ++r) sums[i][r] = V::fma(weight, V::load(x[r] + c + j), sums[i][r]);
@@ -152,6 +154,7 @@ void direct_of(int take, const MatrixRef& w, int64_t first, int count, const flo
 // weights[i * BLOCK + c]: `width` inputs from `from` of TILE output rows as float, zero-padded to whole vectors.
 template <Format F>
 void expand(const MatrixRef& w, int64_t first, int count, int64_t from, int width, float* weights) {
+    const Scales how(w);
     for (int i = 0; i < count; ++i) {
         const uint8_t* row = w.data + (first + i) * w.stride;
         const uint8_t* scales = w.scales + (first + i) * w.scale_stride;
@@ -162,7 +165,7 @@ void expand(const MatrixRef& w, int64_t first, int count, int64_t from, int widt
             const uint8_t* ahead = row + (from + BLOCK + c) / UNIT * unit_bytes<F>;
             V::prefetch(ahead);
             if constexpr (unit_bytes<F> > 64) V::prefetch(ahead + 64);
-            const Scale scale = scale_of<F>(w, scales, from + c);
+            const Scale scale = scale_of<F>(how, scales, from + c);
             for (int j = 0; j < UNIT; j += V::LANES) V::store(to + c + j, weights_at<F>(row, from + c + j, scale));
         }
         if constexpr (!grouped<F>)

@@ -10,13 +10,17 @@ namespace moestro {
 namespace {
 
 float largest(const float* w, int group) {  // the first element of largest magnitude, with its sign
-    float top = w[0];
-    for (int i = 1; i < group; ++i)
-        if (std::fabs(w[i]) > std::fabs(top)) top = w[i];
-    return top;
+    float size = 0;
+    for (int i = 0; i < group; ++i) size = std::fabs(w[i]) > size ? std::fabs(w[i]) : size;
+    int i = 0;
+    while (std::fabs(w[i]) != size) ++i;
+    return w[i];
 }
 
 float limited(float value, float low, float high) { return value < low ? low : value > high ? high : value; }
+
+// Nearest whole number, ties to even, for |value| < 2^22, without a call, so that loops vectorise.
+float rounded(float value) { return (value + 12582912.0f) - 12582912.0f; }
 
 uint8_t e2m1(float value) {
     const float size = std::fabs(value);
@@ -35,15 +39,13 @@ bool scaled_group(const float* w, int kind, int group, uint8_t* data, void* scal
     } else {
         static_cast<float*>(scales)[index] = scale;
     }
-    auto whole = [&](int i, float low, float high) { return scale == 0 ? 0.0f : limited(std::nearbyintf(w[i] / scale), low, high); };
-    if (kind == 0) {
-        for (int i = 0; i < group; ++i) data[i] = static_cast<uint8_t>(static_cast<int8_t>(whole(i, -127, 127)));
-    } else {
-        for (int i = 0; i < group; i += 2) {
-            const int low = static_cast<int>(whole(i, -8, 7)) + 8, high = static_cast<int>(whole(i + 1, -8, 7)) + 8;
-            data[i / 2] = static_cast<uint8_t>(low | high << 4);
-        }
-    }
+    int whole[128];
+    const float low = kind == 0 ? -127 : -8, high = kind == 0 ? 127 : 7;
+    for (int i = 0; i < group; ++i) whole[i] = scale == 0 ? 0 : static_cast<int>(rounded(limited(w[i] / scale, low, high)));
+    if (kind == 0)
+        for (int i = 0; i < group; ++i) data[i] = static_cast<uint8_t>(whole[i]);
+    else
+        for (int i = 0; i < group; i += 2) data[i / 2] = static_cast<uint8_t>((whole[i] + 8) | (whole[i + 1] + 8) << 4);
     return true;
 }
 
@@ -55,10 +57,10 @@ void mxfp4_group(const float* w, int group, uint8_t* data, uint8_t* scale) {
         exponent = static_cast<int>(limited(static_cast<float>(exponent - 3), -127, 127)) + 127;
     }
     *scale = static_cast<uint8_t>(exponent);
-    for (int i = 0; i < group; i += 2) {
-        const uint8_t low = e2m1(std::ldexp(w[i], 127 - exponent)), high = e2m1(std::ldexp(w[i + 1], 127 - exponent));
-        data[i / 2] = static_cast<uint8_t>(low | high << 4);
-    }
+    const float by = std::ldexp(1.0f, 127 - exponent);  // a power of two, so products are exact or rounded as ldexp would
+    uint8_t codes[128];
+    for (int i = 0; i < group; ++i) codes[i] = e2m1(w[i] * by);
+    for (int i = 0; i < group; i += 2) data[i / 2] = static_cast<uint8_t>(codes[i] | codes[i + 1] << 4);
 }
 
 }  // namespace
