@@ -21,7 +21,7 @@ EPILOG = """Examples:
   moestro inspect allenai/OLMoE-1B-7B-0924
   moestro inspect ./my-moe --budgets 2GiB,4GiB,8GiB
   moestro inspect ./my-moe --no-probe --json"""
-USUAL_RUNTIME = 400 << 20
+USUAL_RUNTIME = 400 << 20  # with torch and transformers
 SCORES = {
     "softmax": "softmax over all experts",
     "sigmoid": "a sigmoid per expert",
@@ -78,7 +78,12 @@ def what_fits(
     from moestro.kernels import reader
 
     parts = layout.parts(ExpertKey(0, 0))
-    known: dict[str, Any] = {"runtime_bytes": runtime(), "disk_rate": 1.0, "memory_rate": 1.0, "context": context}
+    known: dict[str, Any] = {
+        "runtime_bytes": runtime(checkpoint, layout),
+        "disk_rate": 1.0,
+        "memory_rate": 1.0,
+        "context": context,
+    }
     if probe:
         known["disk_rate"] = reader.probe(parts[0].file, max(part.nbytes for part in parts))
         known["memory_rate"] = memory_rate_of()
@@ -100,7 +105,7 @@ def what_fits(
 def around(checkpoint: Checkpoint, layout: Layout, known: dict[str, Any]) -> list[int]:
     """Budgets worth looking at: the smallest that works, those that hold a quarter, a half and three quarters of the experts, all of them."""
     from moestro.core.errors import BudgetError
-    from moestro.engine.residency import plan_residency
+    from moestro.engine.residency import SHARE, plan_residency
 
     try:
         plan_residency(checkpoint, layout, 1, **known)
@@ -109,18 +114,22 @@ def around(checkpoint: Checkpoint, layout: Layout, known: dict[str, Any]) -> lis
     else:
         raise AssertionError("one byte is never enough")
     step = 64 << 20 if layout.facts.expert_bytes > 1 << 30 else 1 << 20
-    # The buffers that a small budget forgoes come on top: an eighth of the rest at most, as the planner spends it.
-    sizes = [smallest + layout.facts.expert_bytes * quarters * 2 // 7 for quarters in (1, 2, 3, 4)]
+    # The planner spends up to SHARE of what is left on longer prefill passes, the rest on experts.
+    sizes = [smallest + int(layout.facts.expert_bytes * share / (1 - SHARE)) for share in (0.25, 0.5, 0.75, 1)]
     return list(dict.fromkeys([-(-smallest // (1 << 20)) << 20, *(-(-size // step) * step for size in sizes)]))
 
 
-def runtime() -> int:
-    """Bytes that Python and its libraries take before any weight is loaded; a usual figure where torch is not installed."""
+def runtime(checkpoint: Checkpoint, layout: Layout) -> int:
+    """Bytes that Python and its libraries take before any weight is loaded; a usual figure where torch is needed and not installed."""
     from importlib.util import find_spec
 
     from moestro.engine import memory
+    from moestro.engine.native import choose_trunk
 
-    return memory.runtime_bytes() if find_spec("torch") and find_spec("transformers") else USUAL_RUNTIME
+    torch = choose_trunk(checkpoint, layout) == "transformers"
+    if torch and not (find_spec("torch") and find_spec("transformers")):
+        return USUAL_RUNTIME
+    return memory.runtime_bytes(torch=torch)
 
 
 def router_in_words(router: RouterFacts, top_k: int) -> str:
