@@ -5,6 +5,7 @@ Shapes: N rows of a pass (the sequences' tokens one after another), D model widt
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,15 +28,18 @@ SMALL = 1 << 21  # multiplications below which a second thread costs more than i
 class Scratch:
     """float32 buffers by name, kept from pass to pass and never larger than the largest pass needed."""
 
-    held: dict[str, np.ndarray] = field(default_factory=dict)
+    rooms: dict[str, np.ndarray] = field(default_factory=dict)
+    views: dict[str, np.ndarray] = field(default_factory=dict)
 
     def take(self, name: str, *shape: int) -> np.ndarray:
         """An array of this shape with anything in it; the next `take` of the name may be the same memory."""
-        size = int(np.prod(shape))
-        room = self.held.get(name)
-        if room is None or room.size < size:
-            room = self.held[name] = np.empty(size, np.float32)
-        return room[:size].reshape(shape)
+        view = self.views.get(name)
+        if view is None or view.shape != shape:
+            size, room = math.prod(shape), self.rooms.get(name)
+            if room is None or room.size < size:
+                room = self.rooms[name] = np.empty(size, np.float32)
+            view = self.views[name] = room[:size].reshape(shape)
+        return view
 
 
 @dataclass(frozen=True, slots=True)

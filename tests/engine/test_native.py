@@ -16,7 +16,7 @@ from moestro.engine.attention_cache import Room, SequenceCache
 from moestro.engine.engine import Engine
 from moestro.engine.native import NativeTrunk, choose_trunk
 from moestro.engine.sample import SamplingParams
-from moestro.engine.trunk import Trunk
+from moestro.engine.trunk import TransformersTrunk, Trunk
 from moestro.models.families.settings import Settings
 from moestro.models.native import native_supported
 from moestro.models.native.rope import parameters, rope
@@ -139,7 +139,9 @@ def test_how_a_prompt_is_cut_changes_no_bit(family, tiny, native):
 @pytest.mark.parametrize("family", NATIVE)
 def test_routing_equals_transformers(family, tiny, native, engine):
     folder, _ = tiny(family)
-    ours, theirs = (next(make(folder).run([TOKENS], inputs=True)) for make in (native, engine))
+    engines = native(folder), engine(folder)
+    assert [type(made.trunk) for made in engines] == [NativeTrunk, TransformersTrunk]
+    ours, theirs = (next(made.run([TOKENS], inputs=True)) for made in engines)
     for mine, other in zip(ours.records, theirs.records, strict=True):
         order, others = (np.argsort(r.routing.experts_TK, axis=1) for r in (mine, other))
         pairs = [(r.routing, o) for r, o in ((mine, order), (other, others))]

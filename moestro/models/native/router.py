@@ -24,8 +24,9 @@ def route(logits_TE: np.ndarray, layer: LayerFacts, choice_E: np.ndarray | None 
         if facts.groups_kept < facts.groups:
             wanted_TE = _in_best_groups(wanted_TE, facts)
             scores_TE = scores_TE if facts.selection_bias else wanted_TE
-        ids_TK, _ = topk(wanted_TE, layer.top_k)
-        weights_TK = np.take_along_axis(scores_TE, ids_TK, axis=1)
+        ids_TK, weights_TK = topk(wanted_TE, layer.top_k)
+        if wanted_TE is not scores_TE:
+            weights_TK = scores_TE[np.arange(len(ids_TK))[:, None], ids_TK]
         if facts.renormalised:
             weights_TK /= weights_TK.sum(axis=1, keepdims=True) + np.float32(1e-20)
     if facts.scale != 1.0:
