@@ -16,14 +16,16 @@ double read_bandwidth(const void* buffer, int64_t bytes, double seconds, int thr
     do {
         const auto start = Clock::now();
         parallel(threads, bytes / 8, 1 << 17, [&](int64_t begin, int64_t end) {
+            // Four places at once and about a page ahead, as the expert kernels read: hardware prefetch does not cross pages.
             uint64_t sums[8] = {};
-            int64_t i = begin;
-            for (; i + 32 <= end; i += 32) {
-                // About a page ahead, as the expert kernels do: hardware prefetch alone does not cross pages.
-                for (int line = 0; line < 4; ++line) __builtin_prefetch(words + i + 512 + 8 * line);
-                for (int j = 0; j < 32; ++j) sums[j % 8] += words[i + j];
-            }
-            for (; i < end; ++i) sums[0] += words[i];
+            const int64_t quarter = (end - begin) / 4 / 8 * 8;
+            for (int64_t i = 0; i < quarter; i += 8)
+                for (int stream = 0; stream < 4; ++stream) {
+                    const uint64_t* line = words + begin + stream * quarter + i;
+                    __builtin_prefetch(line + 512);
+                    for (int j = 0; j < 8; ++j) sums[j] += line[j];
+                }
+            for (int64_t i = begin + 4 * quarter; i < end; ++i) sums[0] += words[i];
             uint64_t all = 0;
             for (uint64_t s : sums) all += s;
             sink.fetch_add(all, std::memory_order_relaxed);

@@ -34,17 +34,18 @@ void transpose_items(const char* in, int64_t stride, int64_t step, int64_t rows,
 void to_f32(const uint16_t* values, float* out, int64_t count, bool half, int threads) {
     parallel(threads, count, 1 << 16, [&](int64_t begin, int64_t end) {
         // The source may lie at an odd address, hence memcpy.
-        uint16_t h;
         if (half) {
             for (int64_t i = begin; i < end; ++i) {
+                uint16_t h;
                 std::memcpy(&h, values + i, 2);
                 out[i] = from_half(h);
             }
         } else {
+            auto* bits = reinterpret_cast<uint32_t*>(out);
             for (int64_t i = begin; i < end; ++i) {
+                uint16_t h;
                 std::memcpy(&h, values + i, 2);
-                const uint32_t bits = static_cast<uint32_t>(h) << 16;
-                std::memcpy(out + i, &bits, 4);
+                bits[i] = static_cast<uint32_t>(h) << 16;
             }
         }
     });
