@@ -124,9 +124,12 @@ void blend_of(const Cache& values, int64_t position, const float* weights, const
                 for (; c < PANEL; c += V::LANES)
                     V::store(panel + k * PANEL + c, c < width ? weights_part<F>(row, column + c, width - c) : V::zero());
             }
-            for (int r = 0; r < rows; r += V::TOKENS)
-                blend_rows<V::TOKENS>(lesser(V::TOKENS, rows - r), Panel{panel}, weights + r * SPAN, begin + r, end + r, first, stop,
+            for (int r = 0, take; r < rows; r += take) {
+                // Evenly: a single query has too few sums to hide the latency.
+                take = (rows - r) / ((rows - r + V::TOKENS - 1) / V::TOKENS);
+                blend_rows<V::TOKENS>(take, Panel{panel}, weights + r * SPAN, begin + r, end + r, first, stop,
                                       sums + r * sums_stride + column, sums_stride);
+            }
         }
     }
 }
