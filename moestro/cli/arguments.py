@@ -37,6 +37,10 @@ PredictorChoice = Annotated[
         show_default=False,
     ),
 ]
+TrunkChoice = Annotated[
+    str | None,
+    typer.Option("--trunk", help="native (without torch), transformers, or auto.", show_default=False),
+]
 Scope = Annotated[
     str | None, typer.Option(help="Slots shared by all layers (global) or divided among them (layer).", show_default=False)
 ]
@@ -72,10 +76,15 @@ def method_choice(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def residency_options(
-    context: int | None, dtype: str | None, eviction: str | None, predictor: str | None, scope: str | None
+    context: int | None,
+    dtype: str | None,
+    eviction: str | None,
+    predictor: str | None,
+    scope: str | None,
+    trunk: str | None,
 ) -> dict[str, Any]:
     """The options of `plan_residency` that were given on the command line, and only those."""
-    options: dict[str, Any] = {"context": context, "dtype": dtype, "scope": scope}
+    options: dict[str, Any] = {"context": context, "dtype": dtype, "scope": scope, "trunk": trunk}
     for kind, text in (("eviction", eviction), ("predictor", predictor)):
         if text is not None:
             options[kind], options[f"{kind}_options"] = method_choice(text)

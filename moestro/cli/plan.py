@@ -18,6 +18,7 @@ from moestro.cli.arguments import (
     Quiet,
     Revision,
     Scope,
+    TrunkChoice,
     residency_options,
     with_revision,
 )
@@ -46,6 +47,7 @@ def residency(
     eviction: EvictionChoice = None,
     predictor: PredictorChoice = None,
     scope: Scope = None,
+    trunk: TrunkChoice = None,
     codec: Annotated[
         str | None,
         typer.Option(
@@ -68,7 +70,7 @@ def residency(
     checkpoint = Checkpoint.open(with_revision(model, revision))
     layout = describe(checkpoint)
     budget = parse_size(memory) if memory is not None else accounting.available() * 9 // 10
-    options = residency_options(context, dtype, eviction, predictor, scope)
+    options = residency_options(context, dtype, eviction, predictor, scope, trunk)
     options |= {name: value for name, value in (("batch", batch), ("codec", codec)) if value is not None}
     plan = plan_residency(checkpoint, layout, budget, trace=Trace.open(trace) if trace is not None else None, **options)
     if output is not None:

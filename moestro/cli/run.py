@@ -19,6 +19,7 @@ from moestro.cli.arguments import (
     Revision,
     Scope,
     Threads,
+    TrunkChoice,
     residency_options,
 )
 from moestro.cli.errors import INTERRUPTED, bad_argument
@@ -73,6 +74,7 @@ def run(
     eviction: EvictionChoice = None,
     predictor: PredictorChoice = None,
     scope: Scope = None,
+    trunk: TrunkChoice = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", "--n-predict", help="Tokens of the answer at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Only the k likeliest; 0: all.")] = 0,
@@ -118,7 +120,7 @@ def run(
         prompts = [text]
     if prompts is None and (as_json or raw):
         bad_argument("there is no prompt", "a prompt with --json and with --raw", "give a prompt, or pipe one in")
-    options = residency_options(context, dtype, eviction, predictor, scope)
+    options = residency_options(context, dtype, eviction, predictor, scope, trunk)
     if plan is None and prompts is not None and len(prompts) > 1:
         options["batch"] = min(len(prompts), MOST_AT_ONCE)
     with open_engine(model, revision, memory, plan, store, threads, trace is not None, options, quiet or as_json) as engine:

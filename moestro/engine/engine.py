@@ -22,6 +22,7 @@ from moestro.engine import memory as accounting
 from moestro.engine.cache import ExpertCache
 from moestro.engine.dispatch import Dispatch, demanded
 from moestro.engine.generate import Generation, Prompt
+from moestro.engine.native import NativeTrunk, choose_trunk
 from moestro.engine.prefetch import Glimpse, Prefetcher
 from moestro.engine.recorder import Recorder
 from moestro.engine.replay import NONE, eviction_factory, make_predictor
@@ -108,7 +109,7 @@ class Engine:
             store: a folder of packed experts, or a store; by default the checkpoint itself.
             threads: of the arithmetic; by default the cores this process may use.
             trace: record what is routed; see `trace`.
-            options: for `plan_residency` (context, batch, chunk, dtype, eviction, predictor, ...).
+            options: for `plan_residency` (context, batch, chunk, dtype, eviction, predictor, trunk, ...).
 
         Raises:
             InputError: both a memory budget and a plan, or options beside a plan. BudgetError: the budget cannot work.
@@ -136,9 +137,9 @@ class Engine:
         if plan is None:
             if store is not None:
                 options.setdefault("codec", store.codec)
-            if has_recurrent_states(checkpoint):
+            options["trunk"] = choose_trunk(checkpoint, layout, options.get("trunk", "auto"), options.get("dtype", "auto"))
+            if options["trunk"] == "transformers" and has_recurrent_states(checkpoint):
                 options.setdefault("chunk", min(options.get("context") or 2048, layout.facts.context))
-            options.setdefault("runtime_bytes", accounting.runtime_bytes())
             budget = memory if memory is not None else accounting.available() * 9 // 10 + accounting.usage().resident
             plan = plan_residency(checkpoint, layout, budget, **options)
         return cls(checkpoint, layout, plan, store=store, threads=threads, trace=trace)
@@ -162,10 +163,14 @@ class Engine:
         return Prefetcher(predictor, table, plan.prefetch) if plan.prefetch and plan.predictor != NONE else None
 
     def _load_trunk(self) -> Trunk:
-        import torch
+        trunk: Trunk
+        if self.plan.trunk == "native":
+            trunk = NativeTrunk(self.checkpoint, self.layout, self._seam, self.plan.dtype, threads=self.threads)
+        else:
+            import torch
 
-        torch.set_num_threads(self.threads)
-        trunk = TransformersTrunk(self.checkpoint, self.layout, self._seam, self.plan.dtype)
+            torch.set_num_threads(self.threads)
+            trunk = TransformersTrunk(self.checkpoint, self.layout, self._seam, self.plan.dtype)
         accounting.trim()
         return trunk
 
@@ -174,7 +179,7 @@ class Engine:
         if self.store.lossy:
             out.append(f"experts are kept as {self.store.codec}")
         own, used = self.facts.dtype, self.facts.dtype if self.plan.dtype == "auto" else self.plan.dtype
-        if own != used and used != "float32":
+        if own != used and used != "float32" and self.plan.trunk == "transformers":
             out.append(f"the trunk's {own} weights are rounded to {used}")
         return tuple(out)
 

@@ -109,6 +109,7 @@ def decide(
     predictor: str | None = None,
     predictor_options: Mapping[str, Any] | None = None,
     prefetch: int | None = None,
+    trunk: str = "transformers",
 ) -> ResidencyPlan:
     """The plan for `memory` bytes in all.
 
@@ -118,9 +119,10 @@ def decide(
         disk_rate, memory_rate: bytes/s, for the forecast and for whether a predictor pays.
         context: tokens of KV cache per sequence, at most the model's own; 2048 by default. batch: sequences.
         chunk: tokens per prefill pass; by default the largest power of two up to 512 whose buffers stay small.
-        trace: of this model; policies are chosen by replaying it. Without one: slots shared by all layers, and LRU, or
-            EdgeMoE's rule with so few slots that LRU could never hit.
+        trace: of this model; policies are chosen by replaying it. Without one: LRU, or EdgeMoE's rule with so few slots
+            that LRU could never hit; slots shared or per layer, whichever does better on assumed routings.
         scope, eviction, predictor, prefetch and options: chosen by the caller, not here.
+        trunk: 'native' or 'transformers'.
 
     Raises:
         BudgetError: the budget cannot hold the trunk and the experts of one token's layer; `.smallest` can.
@@ -182,6 +184,7 @@ def decide(
         batch=batch,
         chunk=chunk,
         prefetch=chosen.prefetch,
+        trunk=trunk,
         forecast=_forecast(facts, chosen, report, capacity == total, trunk_bytes, disk_rate, memory_rate),
     )
     plan.check(facts)
@@ -287,7 +290,8 @@ def _choose(
         width = 0 if asked.predictor == NONE else prefetch or top_k
         fixed = {"predictor": asked.predictor, "predictor_options": asked.predictor_options, "prefetch": width}
     if trace is None:
-        return replace(settings[0], **(fixed or {})), None
+        chosen = _by_assumption(facts, settings) if capacity < sum(la.num_experts for la in facts.layers) else settings[0]
+        return replace(chosen, **(fixed or {})), None
     demands = Demands(trace)
     if capacity == sum(la.num_experts for la in facts.layers):  # all policies are the same
         settings, uneven = settings[:1], []
@@ -316,6 +320,17 @@ def _choose(
             if (seconds := seconds_per_token(found, compute, disk_rate)) < least:
                 chosen, report, least = candidate, found, seconds
     return chosen, report
+
+
+def _by_assumption(facts: ModelFacts, settings: Sequence[Setting]) -> Setting:
+    """The setting with the best mean hit rate over the two assumed routings, uniform and repeating; the simpler one on a tie."""
+    if len(settings) == 1:
+        return settings[0]
+    rates = [
+        sum(assumed_hit_rate(facts, s.scope, s.slots, s.eviction, s.eviction_options, repeated=p) for p in (0.0, REPEATED)) / 2
+        for s in settings
+    ]
+    return next(s for s, rate in zip(settings, rates, strict=True) if rate >= max(rates) - TIE)
 
 
 def _forecast(
@@ -369,6 +384,7 @@ def plan_residency(
     runtime_bytes: int | None = None,
     disk_rate: float | None = None,
     memory_rate: float | None = None,
+    trunk: str = "auto",
     **options: Any,
 ) -> ResidencyPlan:
     """The plan for a checkpoint, from its headers and from measured rates; loads nothing.
@@ -378,11 +394,13 @@ def plan_residency(
         codec: how a packed store is to keep the experts; 'stored' reads the checkpoint itself.
         runtime_bytes: of the process once its libraries are in; measured by importing them if not given.
         disk_rate, memory_rate: bytes/s; measured if not given, the disk with reads as large as the experts' own.
+        trunk: 'native', 'transformers', or 'auto' for the native one where it computes this checkpoint.
         options: as `decide` takes them.
 
-    Raises: as `decide`; UnsupportedModel for experts that no store can hold.
+    Raises: as `decide` and `choose_trunk`; UnsupportedModel for experts that no store can hold.
     """
     from moestro.engine import memory as accounting
+    from moestro.engine.native import choose_trunk
     from moestro.engine.store import SourceStore, pages
     from moestro.kernels.reader import probe
     from moestro.models.codecs.encode import parse_codec
@@ -392,6 +410,7 @@ def plan_residency(
     facts = layout.facts
     if dtype != "auto" and dtype not in ITEMSIZE:
         raise InputError(f"dtype is {dtype!r}", expected="auto, " + ", ".join(ITEMSIZE))
+    trunk = choose_trunk(checkpoint, layout, trunk, dtype)
     store = SourceStore(checkpoint, layout)
     slot_bytes, extra_bytes = store.slot_bytes, store.extra_bytes
     first = layout.parts(ExpertKey(0, 0))
@@ -403,8 +422,9 @@ def plan_residency(
     if disk_rate is None:
         disk_rate = probe(first[0].file, max(part.nbytes for part in first))
     if runtime_bytes is None:
-        runtime_bytes = accounting.runtime_bytes()
-    scale = ITEMSIZE[facts.dtype if dtype == "auto" else dtype] / ITEMSIZE[facts.dtype]
+        runtime_bytes = accounting.runtime_bytes(torch=trunk == "transformers")
+    # The native trunk keeps weights as stored, whatever the dtype of its cache.
+    scale = 1 if trunk == "native" else ITEMSIZE[facts.dtype if dtype == "auto" else dtype] / ITEMSIZE[facts.dtype]
     return decide(
         checkpoint.source,
         facts,
@@ -418,6 +438,7 @@ def plan_residency(
         codec=codec,
         extra_bytes=extra_bytes,
         trace=trace,
+        trunk=trunk,
         **options,
     )
 

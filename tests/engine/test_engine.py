@@ -50,7 +50,7 @@ def test_a_budget_that_is_too_small_names_the_smallest(tiny, engine):
         Engine.open(folder, memory=100 << 20, threads=1, **RATES)
     smallest = caught.value.smallest
     assert smallest is not None
-    runtime = memory.runtime_bytes()
+    runtime = memory.runtime_bytes(torch=False)
     with Engine.open(folder, memory=smallest + (8 << 20), runtime_bytes=runtime, threads=1, **RATES) as made:
         assert len(made.generate(TOKENS, GREEDY).run()[0].tokens) == 6
 

@@ -76,7 +76,7 @@ from moestro.engine.engine import Engine
 from moestro.engine.sample import SamplingParams
 from moestro.engine import memory
 budget = int(sys.argv[2])
-with Engine.open(sys.argv[1], memory=budget, context=512, threads=1) as engine:
+with Engine.open(sys.argv[1], memory=budget, context=512, threads=1, trunk=sys.argv[3]) as engine:
     tokens = [3 + i % 120 for i in range(300)]
     generation = engine.generate(tokens, SamplingParams(max_tokens=40, ignore_eos=True))
     generation.run()
@@ -86,15 +86,17 @@ with Engine.open(sys.argv[1], memory=budget, context=512, threads=1) as engine:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's count is in /proc")
-def test_the_memory_budget_is_kept(tmp_path, tiny):
-    """About 500 MiB of experts within a budget that cannot hold half of them."""
-    pytest.importorskip("moestro.engine.residency")
+@pytest.mark.parametrize(("trunk", "runtime"), [("transformers", 416 << 20), ("native", 112 << 20)])
+def test_the_memory_budget_is_kept(tmp_path, tiny, trunk, runtime):
+    """About 500 MiB of experts within a budget that cannot hold half of them beside the runtime."""
     folder, _ = tiny(
         "mixtral", hidden_size=512, intermediate_size=1408, num_local_experts=16, num_hidden_layers=4, max_position_embeddings=512
     )
     size = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
-    budget = (400 << 20) + size * 2 // 5
-    code = subprocess.run([sys.executable, "-c", RUN, str(folder), str(budget)], capture_output=True, text=True, timeout=100)
+    budget = runtime + size * 2 // 5
+    code = subprocess.run(
+        [sys.executable, "-c", RUN, str(folder), str(budget), trunk], capture_output=True, text=True, timeout=100
+    )
     assert code.returncode == 0, code.stderr
     peak, planned, pool, read, checkpoint = map(int, code.stdout.split())
     assert peak <= budget, f"{peak >> 20} MiB used, {budget >> 20} allowed, {planned >> 20} planned"

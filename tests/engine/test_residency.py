@@ -10,7 +10,7 @@ from moestro.core.errors import BudgetError, InputError, TraceError
 from moestro.core.experts import ExpertSpec
 from moestro.core.layer import LayerFacts, ModelFacts, RouterFacts
 from moestro.core.plans.residency import ResidencyPlan
-from moestro.engine.forecast import assumed_hit_rate
+from moestro.engine.forecast import REPEATED, assumed_hit_rate
 from moestro.engine.replay import LRU, NONE, Demands, pins_of, policies, replay
 from moestro.engine.residency import MARGIN, TIE, decide, plan_residency
 from moestro.engine.sizes import format_size, parse_size
@@ -119,9 +119,14 @@ def test_a_trace_of_another_model_is_refused():
         make(2**30, facts(fingerprint="other"), trace=sticky())
 
 
-def test_without_a_trace_it_is_lru_in_one_pool():
+def test_without_a_trace_it_is_lru_with_slots_where_assumed_routing_wants_them():
     plan = with_slots(16)
-    assert (plan.eviction, plan.scope, plan.predictor, plan.slots, plan.inputs) == (LRU, "global", NONE, (16,), {})
+    assert (plan.eviction, plan.predictor, sum(plan.slots), plan.inputs) == (LRU, NONE, 16, {})
+    rates = {}
+    for scope in ("global", "layer"):
+        slots = (16,) if scope == "global" else (4, 4, 4, 4)
+        rates[scope] = sum(assumed_hit_rate(facts(), scope, slots, LRU, repeated=p) for p in (0.0, REPEATED))
+    assert rates[plan.scope] == max(rates.values()) and rates["layer"] != rates["global"]
 
 
 def test_with_so_few_slots_that_lru_never_hits_it_is_not_lru():

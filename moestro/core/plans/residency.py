@@ -46,6 +46,7 @@ class ResidencyPlan(Plan):
     slots: number of expert slots; with scope 'layer' one number per MoE layer, with 'global' a single shared one.
     pinned: experts never evicted. eviction, predictor: catalogue names with options. codec: how a packed store keeps
     experts ('stored' keeps the checkpoint's own bytes). context: tokens of KV cache; batch: sequences; chunk: tokens per prefill pass.
+    trunk: 'native' (without torch) or 'transformers'.
     """
 
     kind: ClassVar[str] = "residency"
@@ -63,6 +64,7 @@ class ResidencyPlan(Plan):
     batch: int = 1
     chunk: int = 512
     prefetch: int = 0
+    trunk: str = "transformers"
     forecast: Forecast | None = None
 
     @classmethod
@@ -77,6 +79,8 @@ class ResidencyPlan(Plan):
     def check(self, facts: ModelFacts) -> None:
         """As Plan.check, and the slots must fit the model: enough for one token, no more than there are experts."""
         super().check(facts)
+        if self.trunk not in ("native", "transformers"):
+            raise PlanError(f"the trunk is {self.trunk!r}", expected="'native' or 'transformers'")
         if self.scope not in ("global", "layer"):
             raise PlanError(f"scope is {self.scope!r}", expected="'global' or 'layer'")
         total, need = sum(la.num_experts for la in facts.layers), [la.top_k for la in facts.layers]
@@ -100,7 +104,7 @@ class ResidencyPlan(Plan):
         lines = [
             f"budget {m.budget / gib:.2f} GiB: runtime {m.runtime / gib:.2f}, trunk {m.trunk / gib:.2f}, KV cache {m.kv_cache / gib:.2f}, "
             f"buffers {m.buffers / gib:.2f}, experts {m.experts / gib:.2f}",
-            f"slots {sum(self.slots)} ({self.scope}), pinned {len(self.pinned)}, eviction {self.eviction}, predictor {self.predictor}, codec {self.codec}",
+            f"slots {sum(self.slots)} ({self.scope}), pinned {len(self.pinned)}, eviction {self.eviction}, predictor {self.predictor}, codec {self.codec}, {self.trunk} trunk",
         ]
         if f := self.forecast:
             lines.append(
