@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,7 +54,9 @@ def write_dense(source: Path, folder: Path, *, dtype: str = "float32", progress:
         raise CheckpointError(f"{source} is not a readable GGUF file: {error}", fix="install or download it again") from error
     config = dense_config(reader, dtype=dtype)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    with CheckpointWriter(folder, config) as writer:
+    # Companions first, so that an unknown tokenizer is refused at once; a writer left early leaves nothing.
+    with TemporaryDirectory() as companions, CheckpointWriter(folder, config) as writer:
+        _write_tokenizer(reader, Path(companions), config)
         for i, tensor in enumerate(reader.tensors):
             if progress:
                 progress("dequantising", i / len(reader.tensors))
@@ -62,8 +65,7 @@ def write_dense(source: Path, folder: Path, *, dtype: str = "float32", progress:
             if kind in heads:
                 values = unpermute(values, heads[kind])
             writer.add(name, to_bf16(np.ascontiguousarray(values)), "BF16")
-        writer.finish()
-    _write_tokenizer(reader, folder, config)
+        writer.finish(copy_files_from=companions)
 
 
 def unpermute(weight_RD: np.ndarray, heads: int) -> np.ndarray:
