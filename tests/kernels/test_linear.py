@@ -68,7 +68,10 @@ def test_a_large_matrix_in_one_call(level):
     rng = np.random.default_rng(2)
     weight = Matrix(rng.standard_normal((3000, 512)).astype(np.float32), "f32")
     x = rng.standard_normal((2, 512)).astype(np.float32)
-    np.testing.assert_allclose(linear(x, weight), x @ weight.data.T, rtol=1e-3, atol=1e-3)
+    found = linear(x, weight)
+    np.testing.assert_allclose(found, x @ weight.data.T, rtol=1e-3, atol=1e-3)
+    for threads in (1, 2, 5):
+        assert (linear(x[1:], weight, threads=threads) == found[1:]).all()
 
 
 def test_linears_of_nothing(level):

@@ -12,7 +12,7 @@ namespace moestro {
 namespace {
 
 constexpr int QUERIES = 48;         // query rows that share one pass over the keys
-constexpr int64_t ALONE = 1 << 17;  // multiply-adds below which waking a thread costs more than it gives
+constexpr int64_t ALONE = 1 << 18;  // multiply-adds below which waking a thread costs more than it gives
 
 struct Partial {  // running softmax of some rows: largest score, total, weighted values
     float *top, *total, *sums;
