@@ -32,7 +32,11 @@ class Moestro:
         table, cache = self.engine.cache.table, self.engine.cache
         both = [table.counts(prefill=flag) for flag in (True, False)]
         out = {name: sum(getattr(c, name) for c in both) for name in ("hits", "misses", "prefetch_issued", "prefetch_used")}
-        return out | {"bytes_asked": sum(cache.bytes_read(prefill=flag) for flag in (True, False))}
+        return out | {
+            "bytes_asked": sum(cache.bytes_read(prefill=flag) for flag in (True, False)),
+            "reader_bytes": self.engine.reader.bytes_read,
+            "reader_seconds": self.engine.reader.seconds_busy,
+        }
 
     def about(self) -> dict[str, Any]:
         from moestro.kernels import native

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -423,14 +424,16 @@ def plan_residency(
         disk_rate = probe(first[0].file, max(part.nbytes for part in first))
     if runtime_bytes is None:
         runtime_bytes = accounting.runtime_bytes(torch=trunk == "transformers")
-    # The native trunk keeps weights as stored, whatever the dtype of its cache.
-    scale = 1 if trunk == "native" else ITEMSIZE[facts.dtype if dtype == "auto" else dtype] / ITEMSIZE[facts.dtype]
+    trunk_bytes = facts.trunk_bytes
+    if trunk == "transformers":  # it holds every weight in the dtype it runs in; the native trunk keeps them as stored
+        itemsize = ITEMSIZE[facts.dtype if dtype == "auto" else dtype]
+        trunk_bytes = sum(math.prod(checkpoint.tensors[name].shape) * itemsize for name in layout.trunk)
     return decide(
         checkpoint.source,
         facts,
         memory=parse_size(memory),
         runtime_bytes=-(-runtime_bytes // GRAIN) * GRAIN,
-        trunk_bytes=int(facts.trunk_bytes * scale),
+        trunk_bytes=trunk_bytes,
         slot_bytes=slot_bytes,
         disk_rate=disk_rate,
         memory_rate=memory_rate_of() if memory_rate is None else memory_rate,
