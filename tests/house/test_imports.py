@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -29,7 +31,7 @@ LAYER = {
     "cli": 5,
     "testing": 3,
 }
-LAB = ("torch", "transformers", "scipy", "gguf", "psutil", "matplotlib", "accelerate")
+LAB = ("torch", "transformers", "scipy", "psutil", "matplotlib", "accelerate", "llama_cpp")
 
 
 def allowed(user: str, used: str) -> bool:
@@ -128,3 +130,15 @@ def test_runtime_imports_without_the_lab():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert done.returncode == 0, done.stderr
+
+
+def package_names(requirements: list[str]) -> set[str]:
+    return {re.split(r"[<>=\[~!]", row)[0] for row in requirements}
+
+
+def test_the_lab_is_what_the_project_file_says():
+    from moestro.cli import doctor
+
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text("utf-8"))["project"]
+    assert package_names(project["dependencies"]) == set(doctor.LEAN)
+    assert package_names(project["optional-dependencies"]["lab"]) == set(doctor.LAB) <= set(LAB)
