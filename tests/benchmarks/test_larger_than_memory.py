@@ -1,5 +1,6 @@
 """The benchmark's own parts, and the whole of it at a tiny size."""
 
+import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -67,7 +68,9 @@ def test_scale_one_is_olmoe():
 
 
 def test_every_format_computes_the_same_function_and_walks(checkpoint, tmp_path):
-    import llama_cpp
+    llama_cpp = pytest.importorskip(
+        "llama_cpp", reason="the peer is compiled by who wants to compare: pip install llama-cpp-python"
+    )
     import torch
     import transformers
 
@@ -148,11 +151,12 @@ def test_work_folder_inside_the_repository_is_refused(capsys):
     assert "inside the repository" in capsys.readouterr().err
 
 
-def _session(seconds: float, *, misses: int = 0, read: int = 0) -> dict:
+def _session(seconds: float, *, misses: int = 0, read: int = 0, reading: float = 1.0) -> dict:
     engine = {"load": {}, "prefill": {}, "decode": {}}
     if misses:
-        zero = {"hits": 0, "misses": 0, "prefetch_used": 0, "prefetch_issued": 0}
-        engine = {"load": zero, "prefill": zero, "decode": {**zero, "hits": 40, "misses": misses - 10, "prefetch_used": 10}}
+        zero = dict.fromkeys(("hits", "misses", "prefetch_used", "prefetch_issued", "reader_bytes", "reader_seconds"), 0)
+        seen = {"hits": 40, "misses": misses - 10, "prefetch_used": 10, "reader_bytes": read, "reader_seconds": reading}
+        engine = {"load": zero, "prefill": zero, "decode": {**zero, **seen}}
     kernel = {p: {"read_bytes": read, "major_faults": 0} for p in ("load", "prefill", "decode")}
     return {
         "decode_seconds": [seconds] * 10, "prefill_seconds": 1.0, "prefill_tokens": 4, "load_seconds": 1.0, "kernel": kernel,
@@ -165,6 +169,9 @@ def test_bound_and_verdict_are_counted_by_hand():
     ours = bench.figures(_session(0.1, misses=100, read=102 * size), TINY, disk_rate=125.0 * size)
     assert ours["bound_seconds"] == pytest.approx(0.8) and ours["bound_ratio"] == pytest.approx(0.8)
     assert ours["bytes_over_missed"] == pytest.approx(1.02) and ours["hit_rate"] == pytest.approx(30 / 130)
+    assert ours["reader_rate"] == pytest.approx(102 * size)
+    faster = bench.figures(_session(0.1, misses=100, read=100 * size, reading=0.5), TINY, disk_rate=125.0 * size)
+    assert faster["bound_seconds"] == pytest.approx(0.5), "the engine's own reads were faster than the probes"
     theirs = bench.figures(_session(0.2, read=300 * size), TINY, disk_rate=125.0 * size)
     assert theirs["decode_rate"] == pytest.approx(5.0) and "bound_ratio" not in theirs
     where = {"budget": 1000, "locality": "chain", "start": 0, "kernel": {"peak": 900, "peak_anonymous": 500}}
@@ -183,6 +190,8 @@ def test_the_whole_benchmark_at_a_tiny_size(tmp_path, capsys):
     out = tmp_path / "result.json"
     options = ["--scale", "0.004", "--work", str(tmp_path), "--out", str(out), "--repeats", "1", "--prompt", "4", "--decode", "4"]
     options += ["--budgets", "1500MB", "--locality", "chain", "--accelerate", "disk/eager/fused", "--read-ahead", "0", "--warm"]
+    others = ["accelerate", *(["llama.cpp"] if importlib.util.find_spec("llama_cpp") else [])]
+    options += ["--contenders", ",".join(["moestro", *others])]
     try:
         limits.require()
     except limits.Unlimited:
@@ -190,7 +199,7 @@ def test_the_whole_benchmark_at_a_tiny_size(tmp_path, capsys):
     assert bench.main(options) == 0
     report = json.loads(out.read_text())
     rows = {r["contender"]: r for r in report["summary"]}
-    assert set(rows) == {"moestro", "accelerate", "llama.cpp"}
+    assert set(rows) == {"moestro", *others}
     for row in rows.values():
         assert "error" not in row, row
         assert row["follows"] == 1.0 and row["decode_rate"] > 0 and row["same_answer"]
