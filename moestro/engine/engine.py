@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from moestro.engine.sample import SamplingParams
 from moestro.engine.store import ExpertStore, PackedStore, SourceStore
 from moestro.engine.table import Moment, SlotTable
 from moestro.engine.trunk import State, TransformersTrunk, Trunk, has_recurrent_states
+from moestro.kernels.native import cores
 from moestro.kernels.reader import Reader
 from moestro.models.checkpoint import Checkpoint
 from moestro.models.layout import Layout
@@ -145,7 +145,7 @@ class Engine:
         return cls(checkpoint, layout, plan, store=store, threads=threads, trace=trace)
 
     def close(self) -> None:
-        """Stop reading and give the slots back. Idempotent."""
+        """Stop reading and close the experts' files. Idempotent. The memory goes with the engine itself."""
         self.reader.close()
 
     def __enter__(self) -> Self:
@@ -339,11 +339,6 @@ class Engine:
         if self.recorder is None:
             raise InputError("nothing was recorded", fix="open the engine with trace=True, or run with --trace FILE")
         return self.recorder.trace()
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _several(prompts: Any) -> list[Prompt]:

@@ -392,6 +392,8 @@ def plan_residency(
 
     Args:
         memory: bytes, or '2GiB'.
+        trace: of this model; policies are chosen by replaying it.
+        dtype: of the trunk; 'auto' is the checkpoint's own.
         codec: how a packed store is to keep the experts; 'stored' reads the checkpoint itself.
         runtime_bytes: of the process once its libraries are in; measured by importing them if not given.
         disk_rate, memory_rate: bytes/s; measured if not given, the disk with reads as large as the experts' own.

@@ -1,4 +1,5 @@
-"""Everything in the decoder but the routed experts. `TransformersTrunk` is transformers' own model with its experts cut out.
+"""Everything in the decoder but the routed experts. `TransformersTrunk` is transformers' own model with its experts cut out;
+the trunk without torch is in `engine.native`.
 
 Shapes: B sequences, T tokens of one pass (B x T rows at the seam, sequence by sequence), V vocabulary, D model width, K slots.
 """

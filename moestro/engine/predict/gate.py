@@ -7,9 +7,10 @@ Rule       ranking of layer l + 1 = order of W_{l+1} x_l ; fetch the top max(k, 
            from gate l to the experts of l + 1, t_expert the time to read one expert; residents among them need no read
 Needs      layer l's gate input and layer l + 1's router (in replay the trace's ahead_LTK)
 Gives      a ranking
-Departs    n is fixed when the plan is made, from measured times, so that replay makes the same requests. Several tokens vote
-           with 1 / (1 + rank). The first layer, which nothing precedes, falls back to the previous token. Fate's INT2 copies
-           and its split by popularity in prefill are not part of the predictor
+Departs    how many to fetch is a fixed count of the plan, so that replay makes the same requests; the planner tries k / 2 and k,
+           and `widened` gives the paper's number. Several tokens vote with 1 / (1 + rank). The first layer, which nothing
+           precedes, falls back to the previous token. Fate's INT2 copies and its split by popularity in prefill are not part
+           of the predictor
 Checked    with a recorded glimpse equal to the next layer's experts it is the oracle; widening never lowers recall; causal
 """
 
