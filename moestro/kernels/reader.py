@@ -19,6 +19,7 @@ from moestro.kernels import native
 from moestro.kernels.reader_threads import PIECE, Queue
 
 BLOCK = 4096
+READERS = 2  # reads in flight that keep one disk busy: deeper queues gain nothing and lengthen the wait for the first
 
 
 def aligned(nbytes: int) -> np.ndarray:
@@ -145,25 +146,36 @@ def _raise(code: int, message: str) -> None:
         raise ValueError(message)
 
 
-def probe(path: str | Path, size: int, seconds: float = 0.3) -> float:
-    """Bytes per second of single direct reads of `size` (rounded up to 4096) at random offsets of the file.
+def probe(path: str | Path, size: int, seconds: float = 0.3, readers: int = READERS) -> float:
+    """Bytes per second of direct reads of `size` (rounded up to 4096) at random offsets of the file, `readers` of them in flight.
 
     Raises:
         OSError: the file cannot be read. ValueError: it is empty.
     """
-    with Reader() as reader:
+    with Reader(readers) as reader:
         file = reader.add(path)
         total = reader.size(file)
         if not total:
             raise ValueError(f"{path} is empty, so no reads can be timed")
         size = min(math.ceil(size / BLOCK), math.ceil(total / BLOCK)) * BLOCK
-        buffer = aligned(size)
-        buffer[::BLOCK] = 0  # page faults are not the disk's time
+        buffers = [aligned(size) for _ in range(readers)]
+        for buffer in buffers:
+            buffer[::BLOCK] = 0  # page faults are not the disk's time
         places = random.Random(0)
-        spent, began = 0.0, time.perf_counter()
-        before = reader.bytes_read
-        while spent == 0.0 or spent < seconds:
+
+        def ask(buffer: np.ndarray) -> int:
             offset = places.randint(0, (math.ceil(total / BLOCK) * BLOCK - size) // BLOCK) * BLOCK
-            reader.wait(reader.submit([Read(file, offset, size, buffer)]))
+            return reader.submit([Read(file, offset, size, buffer)])
+
+        spent, began, before = 0.0, time.perf_counter(), reader.bytes_read
+        tickets = [ask(buffer) for buffer in buffers]
+        turn = 0
+        while spent == 0.0 or spent < seconds:
+            reader.wait(tickets[turn])
             spent = time.perf_counter() - began
-        return (reader.bytes_read - before) / spent
+            tickets[turn] = ask(buffers[turn])
+            turn = (turn + 1) % readers
+        done = reader.bytes_read - before
+        for ticket in tickets:
+            reader.wait(ticket)
+        return done / spent
