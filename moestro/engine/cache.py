@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 
 from moestro.core.experts import ExpertKey
-from moestro.engine.store import ExpertStore
+from moestro.engine.store import ExpertStore, arrived
 from moestro.engine.table import Moment, Placement, SlotTable
 from moestro.kernels.ffn import ExpertView
 from moestro.kernels.reader import Reader, aligned
@@ -137,7 +137,7 @@ class ExpertCache:
         number = self.table.slot_of(key)
         assert number is not None, f"{key} has no slot"
         try:
-            self.reader.wait(self.tickets[key])
+            arrived(self.reader, self.tickets[key], key)
             view = self.store.finish(key, self.slot(number))
         except Exception:
             self._failed.add(key)

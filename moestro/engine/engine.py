@@ -30,11 +30,10 @@ from moestro.engine.store import ExpertStore, PackedStore, SourceStore
 from moestro.engine.table import Moment, SlotTable
 from moestro.engine.trunk import State, TransformersTrunk, Trunk, has_recurrent_states
 from moestro.kernels.native import cores
-from moestro.kernels.reader import Reader
+from moestro.kernels.reader import READERS, Reader
 from moestro.models.checkpoint import Checkpoint
 from moestro.models.layout import Layout
 
-READERS = 2  # reads in flight: deeper queues gain nothing on one disk and lengthen the wait for the first expert
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 
 
@@ -133,7 +132,9 @@ class Engine:
                 fix="run `moestro apply PLAN --output FOLDER` and give that folder as the store",
             )
         if isinstance(store, str | Path):
-            store = PackedStore(store, layout.facts)
+            packed = PackedStore(store, layout.facts)
+            packed.made_from(checkpoint, layout)
+            store = packed
         if plan is None:
             if store is not None:
                 options.setdefault("codec", store.codec)

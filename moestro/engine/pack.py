@@ -20,9 +20,8 @@ import numpy as np
 
 from moestro.core.errors import StorageError
 from moestro.core.experts import ExpertKey
-from moestro.core.layer import ModelFacts
 from moestro.core.plans.residency import ResidencyPlan
-from moestro.engine.store import FORMAT, HEADER, PackedStore, SourceStore, read_header
+from moestro.engine.store import FORMAT, HEADER, PackedStore, SourceStore, arrived, read_header, sample
 from moestro.kernels.reader import Reader, aligned
 from moestro.models.checkpoint import Checkpoint
 from moestro.models.codecs.encode import encode, is_exact, parse_codec
@@ -52,12 +51,12 @@ def pack(checkpoint: Checkpoint, layout: Layout, codec: str, out: str | Path, pr
     codecs = [parse_codec(codec, form) for form in forms]
     records = [Record.of(layer.spec, coder) for layer, coder in zip(facts.layers, codecs, strict=True)]
     if out.exists():
-        _refuse_other(out, facts, codec)
+        _refuse_other(out, checkpoint, layout, codec)
         return out
     partial = out.with_name(out.name + ".partial")
     store = SourceStore(checkpoint, layout)
     places, size = _places(records, [la.num_experts for la in facts.layers])
-    said = {"fingerprint": facts.fingerprint, "codec": codec, "size": size}
+    said = {"fingerprint": facts.fingerprint, "sample": sample(checkpoint, layout), "codec": codec, "size": size}
     with _storage(out):
         partial.mkdir(parents=True, exist_ok=True)
         done = _resume(partial, said, records, places)
@@ -79,7 +78,7 @@ def pack(checkpoint: Checkpoint, layout: Layout, codec: str, out: str | Path, pr
         store.attach(reader)
         for number, (key, at) in enumerate(places.items()):
             if key not in done:
-                reader.wait(reader.submit(store.reads(key, slot)))
+                arrived(reader, reader.submit(store.reads(key, slot)), key)
                 buffer = np.empty(records[key.layer].nbytes, np.uint8)
                 records[key.layer].write(encode(store.finish(key, slot), codecs[key.layer]), buffer)
                 _write(data.fileno(), buffer, at)
@@ -105,7 +104,8 @@ def pack(checkpoint: Checkpoint, layout: Layout, codec: str, out: str | Path, pr
     return out
 
 
-def _refuse_other(out: Path, facts: ModelFacts, codec: str) -> None:
+def _refuse_other(out: Path, checkpoint: Checkpoint, layout: Layout, codec: str) -> None:
+    facts = layout.facts
     if not (out / HEADER).exists():
         raise StorageError(f"{out} exists and holds no packed experts", fix="choose another --output")
     header = read_header(out)
@@ -115,7 +115,7 @@ def _refuse_other(out: Path, facts: ModelFacts, codec: str) -> None:
             expected=f"nothing, or those of {facts.fingerprint[:12]} in {codec}",
             fix="remove it or choose another --output",
         )
-    PackedStore(out, facts)
+    PackedStore(out, facts).made_from(checkpoint, layout)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from moestro.models.layout import Layout, Part
 PAGE = 4096
 HEADER = "experts.json"
 FORMAT = 1
+SAMPLED = 512  # bytes of each part that `sample` looks at
 
 
 def pages(nbytes: int) -> int:
@@ -253,11 +254,20 @@ class PackedStore:
         self.file = self.folder / header["file"]
         self.slot_bytes = max(record.nbytes for record in self.records)
         self.extra_bytes = 0
-        self._size = int(header["size"])
+        self._size, self._sample = int(header["size"]), int(header["sample"])
         self._stamp: tuple[int, int] | None = None
         self._checked: set[ExpertKey] = set()
         self._index = -1
         self.check()
+
+    def made_from(self, checkpoint: Checkpoint, layout: Layout) -> None:
+        """Raises CheckpointError when the experts are of other weights than the checkpoint's, whose headers may be the same."""
+        if sample(checkpoint, layout) != self._sample:
+            raise CheckpointError(
+                f"the packed experts in {self.folder} have other weights than {checkpoint.path}, in the same shapes",
+                expected="experts packed from this checkpoint as it is now",
+                fix="pack them again with `moestro apply`",
+            )
 
     def check(self) -> None:
         try:
@@ -301,7 +311,7 @@ def read_header(folder: Path) -> dict[str, Any]:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
         if header["moestro_experts"] != FORMAT:
             raise ValueError(f"it has format {header['moestro_experts']}, this version reads {FORMAT}")
-        if missing := {"fingerprint", "codec", "lossy", "layers", "records", "file", "size"} - set(header):
+        if missing := {"fingerprint", "sample", "codec", "lossy", "layers", "records", "file", "size"} - set(header):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
@@ -312,8 +322,32 @@ def read_header(folder: Path) -> dict[str, Any]:
     return header
 
 
+def sample(checkpoint: Checkpoint, layout: Layout) -> int:
+    """A digest of a few of the experts' bytes: two models of one shape share every header, but not their weights. Raises CheckpointError."""
+    crc, piece = 0, np.empty(SAMPLED, np.uint8)
+    for layer in layout.facts.layers:
+        for e in range(0, layer.num_experts, max(1, layer.num_experts // 4)):
+            for part in layout.parts(ExpertKey(layer.ordinal, e)):
+                some = piece[: min(SAMPLED, part.nbytes)]
+                checkpoint.read_range(part.file, part.offset, some)
+                crc = zlib.crc32(some.data, crc)
+    return crc
+
+
+def arrived(reader: Reader, ticket: int, key: ExpertKey) -> None:
+    """Wait for the reads of one expert. Raises CheckpointError when they failed."""
+    try:
+        reader.wait(ticket)
+    except (OSError, EOFError) as error:
+        raise CheckpointError(
+            f"MoE layer {key.layer}, expert {key.expert} cannot be read: {error}",
+            expected="files that stay whole while they are in use",
+            fix="check the disk and the file, and start again",
+        ) from error
+
+
 def load(store: ExpertStore, reader: Reader, key: ExpertKey) -> tuple[ExpertView, np.ndarray]:
     """One expert read now into a slot of its own: (view, slot). Keep the slot as long as the view is used."""
     slot = aligned(store.slot_bytes)
-    reader.wait(reader.submit(store.reads(key, slot)))
+    arrived(reader, reader.submit(store.reads(key, slot)), key)
     return store.finish(key, slot), slot

@@ -15,6 +15,7 @@ from moestro.engine.pack import apply, pack
 from moestro.engine.sample import SamplingParams
 from moestro.engine.store import PackedStore, SourceStore, load
 from moestro.kernels.reader import Reader
+from moestro.testing.tiny import save_tiny
 
 TOKENS = [int(t) for t in np.random.default_rng(7).integers(3, 128, 30)]
 WIDE = {"hidden_size": 64, "intermediate_size": 64}
@@ -159,6 +160,43 @@ def test_partial_work_of_another_codec_is_not_mixed_in(tmp_path, tiny, opened):
         pack(checkpoint, found, "bf16", tmp_path / "p", stop)
     out = pack(checkpoint, found, "stored", tmp_path / "p")
     assert json.loads((out / "experts.json").read_text())["codec"] == "stored"
+
+
+def test_other_weights_in_the_same_shapes_are_found(tmp_path, tiny, opened):
+    checkpoint, found = opened(tiny("mixtral")[0])
+    other, other_found = opened(save_other(tmp_path / "other"))
+    assert found.facts.fingerprint == other_found.facts.fingerprint, "headers, configuration and sizes tell nothing"
+    out = pack(checkpoint, found, "stored", tmp_path / "p")
+    PackedStore(out, found.facts).made_from(checkpoint, found)
+    with pytest.raises(CheckpointError, match="other weights"):
+        PackedStore(out, other_found.facts).made_from(other, other_found)
+    with pytest.raises(CheckpointError, match="other weights"):
+        pack(other, other_found, "stored", out)
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(checkpoint, found, "stored", tmp_path / "q", stop)
+    pack(other, other_found, "stored", tmp_path / "q")
+    pack(other, other_found, "stored", tmp_path / "whole")
+    assert (tmp_path / "q" / "experts.bin").read_bytes() == (tmp_path / "whole" / "experts.bin").read_bytes()
+
+
+def save_other(folder):
+    save_tiny("mixtral", folder, seed=1)
+    return folder
+
+
+def test_an_expert_that_cannot_be_read_is_no_storage_error(tmp_path, tiny, opened, monkeypatch):
+    checkpoint, found = opened(tiny("mixtral")[0])
+
+    def broken(self, ticket):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Reader, "wait", broken)
+    with pytest.raises(CheckpointError, match=r"MoE layer 0, expert 0 cannot be read.*Input/output error"):
+        pack(checkpoint, found, "stored", tmp_path / "p")
 
 
 def test_a_full_disk_is_a_storage_error_and_packing_goes_on_later(tmp_path, tiny, opened, monkeypatch):
