@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moestro.cli.arguments import Json, Quiet
-from moestro.cli.output import emit, progress, size
+from moestro.cli.output import emit, progress, say, size
 
 if TYPE_CHECKING:
     from moestro.core.plans.residency import ResidencyPlan
@@ -67,7 +67,11 @@ def pack(plan: ResidencyPlan, output: Path, model: str | None, codec: str | None
     layout = describe(checkpoint)
     plan = replace(plan, codec=codec or plan.codec)
     with progress("packing", "experts", quiet) as report:
-        folder = packing.apply(plan, checkpoint, layout, output, report)
+        try:
+            folder = packing.apply(plan, checkpoint, layout, output, report)
+        except KeyboardInterrupt:
+            say("packing was interrupted; the same command continues where it stopped")
+            raise
     return {
         "output": str(folder),
         "codec": plan.codec,

@@ -65,7 +65,8 @@ def inspect(
     else:
         print(as_text(checkpoint, layout, fits))
         if layout.ignored:
-            say(f"note: {len(layout.ignored)} tensors are not used by the model: {', '.join(layout.ignored[:4])}, ...")
+            more = ", ..." if len(layout.ignored) > 4 else ""
+            say(f"note: {len(layout.ignored)} tensors are not used by the model: {', '.join(layout.ignored[:4])}{more}")
 
 
 def what_fits(

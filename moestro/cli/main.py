@@ -65,4 +65,6 @@ def main(arguments: list[str] | None = None) -> int:
             usage.show()
             return int(usage.exit_code)
         return errors.report(error)
+    if code == errors.INTERRUPTED:  # Ctrl-C: typer has turned it into its exit code
+        return errors.report(KeyboardInterrupt())
     return code if isinstance(code, int) else 0

@@ -12,8 +12,11 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 
 def is_model(word: str) -> bool:
-    """Whether a word alone names a model: a Hub id, or something written like a path. Prompts have spaces or no slash."""
-    return bool(_HUB_ID.fullmatch(word)) or Path(word).expanduser().is_dir() or bool(re.match(r"(\.{0,2}/|~)\S*$", word))
+    """Whether a word alone names a model: a Hub id, or something written like a path or a weights file. Prompts have spaces or no slash."""
+    path = Path(word).expanduser()
+    if path.suffix.lower() in (".gguf", ".safetensors") and (path.is_file() or not re.search(r"\s", word)):
+        return True  # to be refused by name, never answered as a prompt
+    return bool(_HUB_ID.fullmatch(word)) or path.is_dir() or bool(re.match(r"(\.{0,2}/|~)\S*$", word))
 
 
 def model_and_prompt(words: list[str], option: str | None) -> tuple[str | None, str | None]:

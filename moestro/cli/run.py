@@ -120,6 +120,8 @@ def run(
         prompts = [text]
     if prompts is None and (as_json or raw):
         bad_argument("there is no prompt", "a prompt with --json and with --raw", "give a prompt, or pipe one in")
+    if trace is not None:
+        check_target(trace)
     options = residency_options(context, dtype, eviction, predictor, scope, trunk)
     if plan is None and prompts is not None and len(prompts) > 1:
         options["batch"] = min(len(prompts), MOST_AT_ONCE)
@@ -131,8 +133,23 @@ def run(
                 return chat(engine, params, system, quiet)
             return answer(engine, prompts, params, raw, system, quiet, as_json)
         finally:
-            if trace is not None:
-                engine.trace().save(trace)
+            if trace is not None and (recorded := engine.trace()).tokens:  # a run that did nothing leaves an older trace alone
+                recorded.save(trace)
+
+
+def check_target(trace: Path) -> None:
+    """Raises StorageError before the run when its trace could not be written after it."""
+    import os
+
+    from moestro.core.errors import StorageError
+
+    above = next(folder for folder in trace.absolute().parents if folder.exists())
+    if trace.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise StorageError(
+            f"no trace can be written to {trace}",
+            expected="a file in a folder that may be written to",
+            fix="choose another --trace",
+        )
 
 
 def open_engine(

@@ -68,6 +68,8 @@ class Plan(ABC):
             raise PlanError(f"the plan has unknown fields: {', '.join(sorted(unknown))}", expected=", ".join(sorted(names)))
         try:
             data["subjects"] = tuple(Subject(**s) for s in data["subjects"])
+            if not data["subjects"]:
+                raise ValueError("it names no model")
             return cls(**cls.decode(data))
         except (TypeError, KeyError, ValueError) as error:
             raise PlanError(f"the plan cannot be read: {error}", fix="make it again with `moestro plan`") from error
@@ -79,7 +81,7 @@ class Plan(ABC):
 
     def save(self, path: str | Path) -> None:
         """Write through a temporary name. Raises StorageError."""
-        path = Path(path)
+        path = Path(path).absolute()
         temporary = path.with_name(path.name + ".partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -101,7 +101,7 @@ class Trace:
 
     def save(self, path: str | Path) -> None:
         """Write to `path` through a temporary name. Raises StorageError when the target cannot be written."""
-        path = Path(path)
+        path = Path(path).absolute()
         arrays = {name: np.ascontiguousarray(getattr(self, name), _DTYPES[dtype]) for name, dtype in _FIELDS.items()}
         for name, dtype in _OPTIONAL.items():
             if (value := getattr(self, name)) is not None:
@@ -133,7 +133,7 @@ class Trace:
 
     @classmethod
     def open(cls, path: str | Path) -> Trace:
-        """Map a trace file; nothing is read until it is used. Raises TraceError."""
+        """Map a trace file: the chosen experts are checked once, nothing else is read until it is used. Raises TraceError."""
         path = Path(path)
         try:
             size = path.stat().st_size
@@ -165,10 +165,13 @@ class Trace:
             num_experts = tuple(int(e) for e in said["num_experts"])
             if len(num_experts) != arrays["experts_LTK"].shape[0]:
                 raise ValueError("its header and its arrays disagree on the number of layers")
+            for layer, (ids_TK, count) in enumerate(zip(arrays["experts_LTK"], num_experts, strict=True)):
+                if ids_TK.size and not -1 <= ids_TK.min() <= ids_TK.max() < count:
+                    raise ValueError(f"layer {layer} of {count} experts has an expert {ids_TK.max()} or {ids_TK.min()}")
             return cls(**arrays, num_experts=num_experts, model=said["model"], info=said["info"])
         except FileNotFoundError as error:
             raise TraceError(f"there is no trace at {path}", fix="record one with `moestro run ... --trace FILE`") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise TraceError(
                 f"{path} is not a readable trace: {error}",
                 expected="a file written by `moestro run --trace`",

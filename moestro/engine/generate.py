@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,6 +70,16 @@ class Statistics:
     exact: bool
     changes: tuple[str, ...]
     forecast: Forecast | None
+
+    @classmethod
+    def total(cls, several: Sequence[Statistics]) -> Statistics:
+        """One account of several generations of one engine, in their order. Hit rates are means over tokens."""
+        counts = ("prompt_tokens", "generated_tokens", "decode_tokens")
+        sums = (*counts, "prefill_seconds", "decode_seconds", "prefill_bytes", "decode_bytes")
+        summed: dict[str, float] = {name: sum(getattr(one, name) for one in several) for name in sums}
+        for rate, tokens in (("prefill_hit_rate", "prompt_tokens"), ("decode_hit_rate", "decode_tokens")):
+            summed[rate] = sum(getattr(one, rate) * getattr(one, tokens) for one in several) / max(1, summed[tokens])
+        return replace(several[-1], **summed)  # type: ignore[arg-type]  # peaks and changes are the engine's own, the last ones are of all
 
     @property
     def prefill_rate(self) -> float:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moestro.core.errors import CheckpointError, StorageError
+from moestro.core.errors import CheckpointError, MoestroError, StorageError, UnsupportedModel
 
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+|[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 # Everything but the weights: configuration, index, tokenizer, chat templates, licence.
@@ -17,10 +17,17 @@ _INDEX = "model.safetensors.index.json"
 
 
 def locate(model: str | Path) -> Path:
-    """The folder of a model: an existing local one, or the Hub cache's snapshot, downloaded if needed. Raises CheckpointError."""
+    """The folder of a model: an existing local one, or the Hub cache's snapshot, downloaded if needed.
+
+    Raises CheckpointError, and UnsupportedModel for GGUF files.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
+        if not (path / "config.json").exists() and (found := sorted(file.name for file in path.glob("*.gguf"))):
+            raise _gguf(f"{path} holds GGUF files such as {found[0]}")
         return path
+    if path.suffix.lower() == ".gguf":
+        raise _gguf(f"{path} is a GGUF file" if path.exists() else f"{path} names a GGUF file (there is none)")
     if path.exists():
         raise CheckpointError(
             f"{path} is a file", expected="a model folder with config.json and safetensors", fix="give the folder that holds it"
@@ -46,7 +53,7 @@ def _snapshot(source: str, name: str, revision: str | None) -> Path:
         if not any((path / weight).exists() for weight in weights):
             _no_safetensors(source, name, path.name)
         return path
-    except CheckpointError:
+    except MoestroError:
         raise
     except Exception as error:  # the library raises its own, its HTTP client's and OSError
         _refuse(source, error)
@@ -56,11 +63,22 @@ def _no_safetensors(source: str, name: str, commit: str) -> NoReturn:
     from huggingface_hub import HfApi, constants
 
     offline = constants.HF_HUB_OFFLINE
-    others = [] if offline else [f for f in HfApi().list_repo_files(name, revision=commit) if f.endswith((".bin", ".pth", ".pt"))]
+    files = [] if offline else HfApi().list_repo_files(name, revision=commit)
+    others = [f for f in files if f.endswith((".bin", ".pth", ".pt"))]
+    if not others and (found := sorted(f for f in files if f.lower().endswith(".gguf"))):
+        raise _gguf(f"{source} holds GGUF files such as {found[0]}")
     raise CheckpointError(
         f"{source} has no model.safetensors" + (f", only {others[0]}, a format that can run code when loaded" if others else ""),
         expected="a model's weights as safetensors",
         fix="unset HF_HUB_OFFLINE to download them" if offline else "look for a revision with safetensors, such as @refs/pr/1",
+    )
+
+
+def _gguf(found: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{found}, a format that moestro does not run",
+        expected="a Hugging Face checkpoint, `org/name` or a folder with config.json and safetensors",
+        fix="give the original model that the GGUF file was made from, or run the file with llama.cpp",
     )
 
 

@@ -67,3 +67,81 @@ def tiny(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "mixtral"
     save_tiny("mixtral", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def plan(tiny, tmp_path_factory) -> Path:
+    """A plan for the tiny model with few slots, and no budget to break."""
+    return write_plan(tiny, tmp_path_factory.mktemp("plans") / "plan.json")
+
+
+def write_plan(model: Path, path: Path) -> Path:
+    """A plan by hand: 7 slots for all layers, a context of 200 tokens."""
+    from moestro.core.plan import Subject
+    from moestro.core.plans.residency import Memory, ResidencyPlan
+    from moestro.models.checkpoint import Checkpoint
+    from moestro.models.families import describe
+
+    facts = describe(Checkpoint.open(model)).facts
+    ResidencyPlan(
+        subjects=(Subject(str(model), facts.fingerprint),),
+        method="engine.residency",
+        memory=Memory(4 * 2**30, 0, 0, 0, 0, 0),
+        scope="global",
+        slots=(7,),
+        eviction="engine.evict.lru",
+        predictor="engine.predict.none",
+        context=200,
+    ).save(path)
+    return path
+
+
+@pytest.fixture
+def process(tiny, plan) -> Callable[..., subprocess.Popen]:
+    """process(...) starts `moestro run TINY ... --plan PLAN` and does not wait for it."""
+
+    def start(*arguments: object) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "moestro", "run", str(tiny), *map(str, arguments), "--plan", str(plan), "--ignore-eos"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
+
+    return start
+
+
+class Terminal:
+    """A standard input that is a terminal and says these lines, or raises them."""
+
+    encoding = "utf-8"
+
+    def __init__(self, *lines: str | BaseException) -> None:
+        self.lines = list(lines)
+
+    def isatty(self) -> bool:
+        return True
+
+    def readline(self) -> str:
+        line = self.lines.pop(0) if self.lines else ""
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+
+@pytest.fixture
+def chat(capsys, monkeypatch, tiny, plan) -> Callable[..., Done]:
+    """chat("Hello\\n", ...) -> Done: a person at a terminal; answers of six tokens."""
+
+    def call(*lines: str | BaseException, flags: tuple[str, ...] = ()) -> Done:
+        from moestro.cli.main import main
+
+        monkeypatch.setattr(sys, "stdin", Terminal(*lines))
+        capsys.readouterr()
+        code = main(["run", str(tiny), "--plan", str(plan), "--ignore-eos", "-n", "6", *flags])
+        out, err = capsys.readouterr()
+        return Done(code, out, err)
+
+    return call

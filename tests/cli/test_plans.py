@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-
 import numpy as np
 import pytest
 
@@ -68,16 +66,6 @@ def test_inspect_refuses_budgets(moestro, tiny, budgets):
     assert moestro("inspect", tiny, "--budgets", budgets).code == 2
 
 
-def test_inspect_of_a_truncated_checkpoint(moestro, tiny, tmp_path):
-    (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
-    whole = (tiny / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    done = moestro("inspect", tmp_path, "--json")
-    assert done.code == 2 and done.out == "" and "model.safetensors" in done.err
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + whole[8:])
-    assert moestro("inspect", tmp_path).code == 2
-
-
 def test_plan_residency(moestro, tiny, fingerprint, tmp_path):
     path = tmp_path / "plan.json"
     done = moestro("plan", "residency", tiny, "--memory", "8GiB", "-o", path, "--ctx-size", 64, "--json")
@@ -98,14 +86,9 @@ def test_plan_residency_takes_policies_by_name(moestro, tiny):
         assert refused.code == 2 and refused.out == "", wrong
 
 
-def test_plan_residency_chooses_by_a_trace(moestro, tiny, trace, tmp_path):
+def test_plan_residency_chooses_by_a_trace(moestro, tiny, trace):
     done = moestro("plan", "residency", tiny, "-m", "8GiB", "--trace", trace, "--json")
     assert done.code == 0 and list(done.json["inputs"]) == ["trace"]
-    other = Trace.open(trace)
-    object.__setattr__(other, "model", "0" * 64)
-    other.save(tmp_path / "other.trace")
-    refused = moestro("plan", "residency", tiny, "-m", "8GiB", "--trace", tmp_path / "other.trace")
-    assert refused.code == 2 and "recorded on the model" in refused.err
 
 
 def test_replay(moestro, tiny, trace):
@@ -146,13 +129,6 @@ def test_replay_draws(moestro, trace, tmp_path):
 def test_replay_refuses(moestro, trace, arguments):
     done = moestro("replay", trace, *arguments)
     assert done.code == 2 and done.out == "" and done.err.startswith("moestro: ")
-
-
-def test_replay_refuses_a_truncated_trace_and_another_model(moestro, tiny, trace, tmp_path):
-    raw = trace.read_bytes()
-    trace.write_bytes(raw[: len(raw) - 50])
-    assert moestro("replay", trace).code == 2
-    assert moestro("replay", tmp_path / "none.trace").code == 2
 
 
 def test_budgets():

@@ -1,43 +1,12 @@
-"""run: prompts from everywhere, answers on stdout, statistics on stderr, plans, stores, traces, bad input and Ctrl-C."""
+"""run: prompts from everywhere, answers on stdout, statistics on stderr, plans, stores, traces and chats."""
 
 from __future__ import annotations
-
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
 from moestro.cli.prompts import model_and_prompt
 from moestro.core.errors import InputError
-from moestro.core.plan import Subject
-from moestro.core.plans.residency import Memory, ResidencyPlan
 from moestro.core.trace import Trace
-from tests.cli.conftest import ROOT
-
-
-@pytest.fixture(scope="session")
-def plan(tiny, tmp_path_factory):
-    """A plan for the tiny model with few slots, and no budget to break."""
-    from moestro.models.checkpoint import Checkpoint
-    from moestro.models.families import describe
-
-    facts = describe(Checkpoint.open(tiny)).facts
-    path = tmp_path_factory.mktemp("plans") / "plan.json"
-    ResidencyPlan(
-        subjects=(Subject(str(tiny), facts.fingerprint),),
-        method="engine.residency",
-        memory=Memory(4 * 2**30, 0, 0, 0, 0, 0),
-        scope="global",
-        slots=(7,),
-        eviction="engine.evict.lru",
-        predictor="engine.predict.none",
-        context=200,
-    ).save(path)
-    return path
 
 
 @pytest.fixture
@@ -163,39 +132,23 @@ def test_a_packed_store(run, moestro, tiny, plan, tmp_path):
     assert done.code == 0 and "SHRUNK" in done.err and "f16" in done.err
 
 
-def test_a_plan_of_another_model_is_refused(moestro, tiny, plan, tmp_path):
-    data = json.loads(plan.read_text())
-    data["subjects"][0]["fingerprint"] = "0" * 64
-    (tmp_path / "other.json").write_text(json.dumps(data))
-    done = moestro("run", tiny, "Hello", "--plan", tmp_path / "other.json")
-    assert done.code == 2 and "was made for" in done.err and done.out == ""
-
-
 @pytest.mark.parametrize(
     ("arguments", "stdin", "said"),
     [
-        (("-",), b"\xff\xfehello", "not UTF-8: byte 0xff at position 0"),
-        (("-",), b"caf\xe9", "position 3"),
         (("-",), b"", "empty"),
         (("",), b"", "empty"),
         (("Hello", "--temperature", -1), b"", "temperature"),
         (("Hello", "--top-p", 2), b"", "top_p"),
         (("Hello", "-n", 0), b"", "max_tokens"),
-        (("x" * 300,), b"", "tokens"),
         (("Hello", "--memory", "1GiB"), b"", "plan"),
         (("Hello", "--memory", "lots"), b"", "lots"),
         (("Hello", "--batch", "prompts.txt"), b"", "--batch"),
         (("Hello", "again"), b"", "quotes"),
     ],
 )
-def test_bad_input(run, arguments, stdin, said):
+def test_options_and_prompts_that_cannot_be_used(run, arguments, stdin, said):
     done = run(*arguments, stdin=stdin)
     assert done.code == 2 and done.out == "" and said in done.err and "Traceback" not in done.err
-
-
-def test_a_budget_that_cannot_work_names_the_smallest_that_can(moestro, tiny):
-    done = moestro("run", tiny, "Hello", "--memory", "1MiB")
-    assert done.code == 2 and "at least" in done.err and "--memory" in done.err
 
 
 def test_which_word_is_the_model(tmp_path):
@@ -208,99 +161,37 @@ def test_which_word_is_the_model(tmp_path):
     assert model_and_prompt(["org/name@main"], None) == ("org/name@main", None)
     assert model_and_prompt([str(tmp_path)], None) == (str(tmp_path), None)
     assert model_and_prompt(["./not-there"], None) == ("./not-there", None)
+    assert model_and_prompt(["not-there.gguf"], None) == ("not-there.gguf", None)
+    assert model_and_prompt(["what is in a model.gguf"], None) == (None, "what is in a model.gguf")
     assert model_and_prompt(["anything", "hello"], None) == ("anything", "hello")
     assert model_and_prompt(["anything"], "hello") == ("anything", "hello")
     with pytest.raises(InputError):
         model_and_prompt(["a", "b", "c"], None)
 
 
-def process(tiny, plan, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "moestro", "run", str(tiny), *map(str, arguments), "--plan", str(plan), "--ignore-eos"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )
-
-
-def test_ctrl_c_keeps_what_there_is(tiny, plan, tmp_path):
-    running = process(tiny, plan, "Hello", "-n", 150, "--temperature", 1, "--trace", tmp_path / "talk.trace")
-    assert running.stdout and running.stdout.read(1), "it has begun to answer"
-    running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
-    assert running.returncode == 130 and b"Traceback" not in err
-    assert out.endswith(b"\n") and b"answer" in err and b"EXACT" in err
-    trace = Trace.open(tmp_path / "talk.trace")
-    assert 0 < trace.tokens < 190
-
-
-def test_ctrl_c_before_the_answer(tiny, plan):
-    running = process(tiny, plan, "Hello", "-n", 5)
-    time.sleep(0.5)  # Python is up, torch is not
-    running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
-    assert running.returncode == 130 and out == b"" and b"Traceback" not in err
-
-
-def test_a_closed_pipe_ends_the_run_quietly(tiny, plan):
-    with process(tiny, plan, "Hello", "-n", 100, "--temperature", 1) as running:
+def test_a_closed_pipe_ends_the_run_quietly(process):
+    with process("Hello", "-n", 100, "--temperature", 1) as running:
         running.stdout.read(1)
         running.stdout.close()
         err = running.stderr.read()
     assert running.returncode != 0 and b"Traceback" not in err
 
 
-class Terminal:
-    """A standard input that is a terminal and says these lines."""
-
-    encoding = "utf-8"
-
-    def __init__(self, *lines):
-        self.lines = list(lines)
-
-    def isatty(self):
-        return True
-
-    def readline(self):
-        line = self.lines.pop(0) if self.lines else ""
-        if isinstance(line, BaseException):
-            raise line
-        return line
-
-
-def chat(capsys, monkeypatch, tiny, plan, *lines):
-    from moestro.cli.main import main
-
-    monkeypatch.setattr(sys, "stdin", Terminal(*lines))
-    code = main(["run", str(tiny), "--plan", str(plan), "--ignore-eos", "-n", "6"])
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def test_chat(capsys, monkeypatch, tiny, plan):
-    code, out, err = chat(
-        capsys, monkeypatch, tiny, plan, "Hello\n", "\n", "/help\n", "And then?\n", "/clear\n", "Hello\n", "/exit\n", "never\n"
-    )
+def test_chat(chat):
+    code, out, err = chat("Hello\n", "\n", "/help\n", "And then?\n", "/clear\n", "Hello\n", "/exit\n", "never\n")
     answers = out.rstrip("\n")
-    assert code == 0 and err.count("tokens at") == 3 and "/exit" in err
-    first = chat(capsys, monkeypatch, tiny, plan, "Hello\n")[1].rstrip("\n")
+    assert code == 0 and err.count(" tokens at ") == 5 and "/exit" in err, "a line after each answer and two of the account"
+    first = chat("Hello\n").out.rstrip("\n")
     assert answers.startswith(first) and answers.endswith(first), "the first and the third answer are to the same conversation"
+    assert "answer 18 tokens at" in err, "the account is of all three answers"
+    for words in ("in memory", "read per token", "peak memory", "EXACT"):
+        assert words in err[err.index("answer 18") :]
 
 
-def test_ctrl_c_at_the_prompt_of_a_chat_exits_130(capsys, monkeypatch, tiny, plan):
-    code, out, err = chat(capsys, monkeypatch, tiny, plan, KeyboardInterrupt())
-    assert code == 130 and out == "" and "Traceback" not in err
-
-
-def test_json_and_raw_need_a_prompt(capsys, monkeypatch, tiny, plan):
-    from moestro.cli.main import main
-
+def test_json_and_raw_need_a_prompt(chat):
     for flag in ("--json", "--raw"):
-        monkeypatch.setattr(sys, "stdin", Terminal())
-        assert main(["run", str(tiny), "--plan", str(plan), flag]) == 2
-        assert "no prompt" in capsys.readouterr().err
+        done = chat(flags=(flag,))
+        assert done.code == 2 and "no prompt" in done.err
 
 
 def test_without_a_model_the_embedded_one_runs_in_half_of_its_size_or_the_least_that_works(moestro, monkeypatch, tiny):

@@ -281,9 +281,9 @@ def test_missing_folder(model: str | Path) -> None:
 
 
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match=r"model\.gguf is a file"):
-        Checkpoint.open(tmp_path / "model.gguf")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a file"):
+        Checkpoint.open(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -36,7 +36,8 @@ def files() -> dict[str, dict[str, bytes]]:
         "consolidated.safetensors": b"never fetched",
         "pytorch_model.bin": b"never fetched",
     }
-    return {"org/single": one, "org/shards": two, "org/pickle": {"config.json": b"{}", "pytorch_model.bin": b"x"}}
+    pickle, gguf = {"config.json": b"{}", "pytorch_model.bin": b"x"}, {"config.json": b"{}", "m-Q4_K.gguf": b"x"}
+    return {"org/single": one, "org/shards": two, "org/pickle": pickle, "org/gguf": gguf}
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -157,6 +158,8 @@ def test_refusals(tmp_path: Path, server: ThreadingHTTPServer) -> None:
     assert "no such revision" in revision["error"]
     assert "no model.safetensors, only pytorch_model.bin" in pickle["error"]
     assert "could not be fetched" in invalid["error"]
+    (gguf,) = look(tmp_path, "org/gguf", endpoint=endpoint)
+    assert gguf["kind"] == "UnsupportedModel" and "GGUF files such as m-Q4_K.gguf" in gguf["error"]
     (alone,) = look(tmp_path / "other", "org/single")
     assert "neither in the Hub's cache" in alone["error"] and "http://127.0.0.1:9" in alone["error"]
 

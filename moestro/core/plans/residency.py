@@ -71,6 +71,9 @@ class ResidencyPlan(Plan):
     def decode(cls, data: dict[str, Any]) -> dict[str, Any]:
         data["memory"] = Memory(**data["memory"])
         data["slots"] = tuple(int(n) for n in data["slots"])
+        for name in ("context", "batch", "chunk", "prefetch"):
+            if not isinstance(data.get(name, 1), int):
+                raise ValueError(f"{name} is {data[name]!r}, no whole number")
         data["pinned"] = tuple(ExpertKey(int(layer), int(e)) for layer, e in data.get("pinned", ()))
         if data.get("forecast") is not None:
             data["forecast"] = Forecast(**data["forecast"])
@@ -81,6 +84,9 @@ class ResidencyPlan(Plan):
         super().check(facts)
         if self.trunk not in ("native", "transformers"):
             raise PlanError(f"the trunk is {self.trunk!r}", expected="'native' or 'transformers'")
+        for name in ("context", "batch", "chunk"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{name} is {getattr(self, name)}", expected="at least 1", fix="make the plan again")
         if self.scope not in ("global", "layer"):
             raise PlanError(f"scope is {self.scope!r}", expected="'global' or 'layer'")
         total, need = sum(la.num_experts for la in facts.layers), [la.top_k for la in facts.layers]
