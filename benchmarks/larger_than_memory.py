@@ -344,9 +344,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--scale", type=float, default=1.0, help="share of OLMoE's 13.8 GB (widths and vocabulary shrink)")
     p.add_argument("--work", type=Path, default=default_work(), help="folder for the checkpoints, outside the repository")
-    p.add_argument(
-        "--budgets", default="50%,25%,4GiB", help="shares of the checkpoint or sizes; those not below its size are left out"
-    )
+    p.add_argument("--budgets", default="50%,25%,4GiB", help="shares of the checkpoint or sizes")
     p.add_argument("--locality", default="chain,uniform", help="chain: about 60 %% of experts recur; uniform: by chance")
     p.add_argument("--contenders", default="moestro,accelerate,llama.cpp")
     p.add_argument("--accelerate", help="PLACEMENT/EXPERTS/LAYOUT instead of trying them all")

@@ -34,6 +34,8 @@ T* at(Address address) {
 
 NB_MODULE(_native, m) {
     m.doc() = "Native kernels; use the modules of moestro.kernels instead.";
+    // An engine that is still open when the interpreter ends is no defect of the bindings, and nobody can act on the report.
+    nanobind::set_leak_warnings(false);
     m.def("levels", &levels);
     m.def("level", [] { return std::string(current().name); });
     m.def("set_level", &set_level);
