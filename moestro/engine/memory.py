@@ -10,11 +10,8 @@ import ctypes
 import importlib
 import os
 import sys
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 STATUS = Path("/proc/self/status")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -128,27 +125,3 @@ def runtime_bytes(*, torch: bool = True) -> int:
             importlib.import_module(name)
     trim()
     return usage().resident + (FIRST_USE if torch else 0)
-
-
-class Watch:
-    """Samples the resident set from a thread: the peak within a `with` block, where VmHWM only knows the process's whole life."""
-
-    def __init__(self, period: float = 0.01) -> None:
-        self.period = period
-        self.peak = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="moestro-memory", daemon=True)
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            self.peak = max(self.peak, usage().resident)
-            time.sleep(self.period)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.peak = max(self.peak, usage().resident)
