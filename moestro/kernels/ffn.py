@@ -7,14 +7,17 @@ because every sum runs over its inputs in one fixed order. So streamed and resid
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moestro.kernels import native
 from moestro.kernels.convert import to_f32
+
+if TYPE_CHECKING:
+    from moestro.kernels.packed import Packed
 
 FORMATS = ("f32", "f16", "bf16", "int8", "int4", "mxfp4")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_clamped")
@@ -98,6 +101,11 @@ class Matrix:
             grouped *= scales.astype(np.float32)[:, :, None]
         return values
 
+    def reference(self) -> Callable[[np.ndarray], np.ndarray]:
+        """The product with one row of activations, float32 [cols] -> [rows], in numpy."""
+        matrix_RC = self.dequantise()
+        return lambda x_C: matrix_RC @ x_C
+
     def pack(self) -> tuple[int, ...]:
         """Addresses and strides, as the native code wants them."""
         scales = self.scales
@@ -114,15 +122,16 @@ class Matrix:
 class ExpertView:
     """One expert ready to run: gate [F, D] or None, up [F, D], down [D, F], and float32 biases [F], [F], [D] or None.
 
+    Its matrices are all of the kind `Matrix` or all `Packed` (whose formats may differ).
     It keeps its arrays alive; what they hold may change between calls. handle: packed pointers for the native code.
 
     Raises:
         ValueError: shapes that do not fit one another.
     """
 
-    gate: Matrix | None
-    up: Matrix
-    down: Matrix
+    gate: Matrix | Packed | None
+    up: Matrix | Packed
+    down: Matrix | Packed
     gate_bias: np.ndarray | None = None
     up_bias: np.ndarray | None = None
     down_bias: np.ndarray | None = None
@@ -133,6 +142,9 @@ class ExpertView:
         if self.down.shape != (width, inner) or (self.gate is not None and self.gate.shape != (inner, width)):
             gate = None if self.gate is None else self.gate.shape
             raise ValueError(f"an expert's matrices do not fit: gate {gate}, up {self.up.shape}, down {self.down.shape}")
+        kinds = {type(matrix).__name__ for matrix in (self.gate, self.up, self.down) if matrix is not None}
+        if len(kinds) > 1:
+            raise ValueError("an expert's matrices are all in rows or all packed in tiles, not both")
         addresses = []
         for name, length in (("gate_bias", inner), ("up_bias", inner), ("down_bias", width)):
             bias = getattr(self, name)
@@ -143,7 +155,7 @@ class ExpertView:
                 object.__setattr__(self, name, bias)
             addresses.append(0 if bias is None else bias.ctypes.data)
         module = native.extension()
-        if module is not None:
+        if module is not None and isinstance(self.up, Matrix):
             gate = None if self.gate is None else self.gate.pack()
             object.__setattr__(self, "handle", module.Expert(gate, self.up.pack(), self.down.pack(), *addresses))
 
@@ -169,11 +181,12 @@ def grouped_ffn(
 ) -> None:
     """out_ND[n] = expert g of x_TD[rows_N[n]] for starts_G1[g] <= n < starts_G1[g + 1].
 
-    x_TD, out_ND: float32, rows at any stride. rows_N: int64. experts: G of one shape. input_weight_N multiplies the input row
+    x_TD, out_ND: float32, rows at any stride. rows_N: int64. experts: G of one shape, all of Matrix or all of Packed, which round the
+    input and what goes into the down projection to int8 (see kernels.packed). input_weight_N multiplies the input row
     (Llama 4). limit, alpha: of 'swiglu_clamped'. threads: 0 takes all cores. The interpreter lock is released.
 
     Raises:
-        ValueError: an unknown activation, or 'swiglu_clamped' without a gate.
+        ValueError: an unknown activation, 'swiglu_clamped' without a gate, or packed experts beside others.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
@@ -190,11 +203,13 @@ def grouped_ffn(
             raise ValueError(f"the experts take rows of {expert.up.cols}, the input has {x_TD.shape[1]}")
         if expert.gate is None and activation == "swiglu_clamped":
             raise ValueError("swiglu_clamped needs a gate")
+        if type(expert.up) is not type(experts[0].up):
+            raise ValueError("packed experts and experts in rows cannot share a call")
     if input_weight_N is not None:
         input_weight_N = np.ascontiguousarray(input_weight_N, np.float32)
         assert input_weight_N.shape == (pairs,)
     module = native.extension()
-    if module is None:
+    if module is None or not isinstance(experts[0].up, Matrix):
         reference_grouped_ffn(
             x_TD, rows_N, starts_G1, experts, activation=activation, limit=limit, alpha=alpha, out_ND=out_ND,
             input_weight_N=input_weight_N,
@@ -233,19 +248,19 @@ def reference_grouped_ffn(
     for g, expert in enumerate(experts):
         if starts_G1[g] == starts_G1[g + 1]:
             continue
-        gate = None if expert.gate is None else expert.gate.dequantise()
-        up, down = expert.up.dequantise(), expert.down.dequantise()
+        gate = None if expert.gate is None else expert.gate.reference()
+        up, down = expert.up.reference(), expert.down.reference()
         for n in range(int(starts_G1[g]), int(starts_G1[g + 1])):
             x = np.ascontiguousarray(x_TD[rows_N[n]])
             if input_weight_N is not None:
                 x = x * input_weight_N[n]
-            u = up @ x
+            u = up(x)
             if expert.up_bias is not None:
                 u = u + expert.up_bias
-            v = None if gate is None else gate @ x
+            v = None if gate is None else gate(x)
             if v is not None and expert.gate_bias is not None:
                 v = v + expert.gate_bias
-            y = down @ activate(v, u, activation, limit, alpha)
+            y = down(activate(v, u, activation, limit, alpha))
             out_ND[n] = y if expert.down_bias is None else y + expert.down_bias
 
 

@@ -12,10 +12,16 @@ import numpy as np
 
 from moestro.kernels import native
 from moestro.kernels.ffn import Matrix
+from moestro.kernels.packed import Packed
 
 
 def linear(
-    x_TC: np.ndarray, weight: Matrix, *, out_TR: np.ndarray | None = None, bias_R: np.ndarray | None = None, threads: int = 0
+    x_TC: np.ndarray,
+    weight: Matrix | Packed,
+    *,
+    out_TR: np.ndarray | None = None,
+    bias_R: np.ndarray | None = None,
+    threads: int = 0,
 ) -> np.ndarray:
     """out_TR = x_TC weight^T + bias_R.
 
@@ -27,7 +33,7 @@ def linear(
     if out_TR is None:
         out_TR = np.empty((x_TC.shape[0], weight.rows), np.float32)
     module = native.extension()
-    if module is None:
+    if module is None or isinstance(weight, Packed):
         reference_linear(x_TC, weight, out_TR, bias_R)
     else:
         module.linear(x_TC, weight.handle or weight.bind(module), out_TR, bias_R, threads)
@@ -36,7 +42,7 @@ def linear(
 
 def linears(
     x_TC: np.ndarray,
-    weights: Sequence[Matrix],
+    weights: Sequence[Matrix | Packed],
     *,
     outs: Sequence[np.ndarray] | None = None,
     biases: Sequence[np.ndarray | None] | None = None,
@@ -52,7 +58,7 @@ def linears(
     if not len(weights) == len(made) == len(terms):
         raise ValueError(f"{len(weights)} matrices, {len(made)} outputs and {len(terms)} biases do not fit one another")
     module = native.extension()
-    if module is None:
+    if module is None or any(isinstance(weight, Packed) for weight in weights):
         for weight, out_TR, bias_R in zip(weights, made, terms):
             reference_linear(x_TC, weight, out_TR, bias_R)
     elif made:
@@ -60,15 +66,15 @@ def linears(
     return made
 
 
-def reference_linear(x_TC: np.ndarray, weight: Matrix, out_TR: np.ndarray, bias_R: np.ndarray | None) -> None:
+def reference_linear(x_TC: np.ndarray, weight: Matrix | Packed, out_TR: np.ndarray, bias_R: np.ndarray | None) -> None:
     """`linear` in numpy: row by row, for a matrix product's bits depend on how many rows it has."""
     for name, array, shape in (("x", x_TC, (len(x_TC), weight.cols)), ("out", out_TR, (len(x_TC), weight.rows))):
         if array.dtype != np.float32 or array.shape != shape or (array.size and array.strides[1] != 4):
             raise ValueError(f"{name} is {array.dtype} {array.shape}, strides {array.strides}; expected float32 rows {shape}")
     if bias_R is not None and (bias_R.dtype != np.float32 or bias_R.shape != (weight.rows,)):
         raise ValueError(f"the bias is {bias_R.dtype} {bias_R.shape}; expected float32 {(weight.rows,)}")
-    matrix = weight.dequantise()
+    product = weight.reference()
     for x_C, out_R in zip(x_TC, out_TR):
-        out_R[...] = matrix @ np.ascontiguousarray(x_C)
+        out_R[...] = product(np.ascontiguousarray(x_C))
         if bias_R is not None:
             out_R += bias_R
