@@ -111,7 +111,9 @@ class RouteContext:
     """All a router may know besides its input.
 
     layer: MoE layer ordinal 0..L-1. step: optimiser step (training). token_ids_T, sequence_T, position_T: int64 [T].
-    rng: the random generator of the array's library. carry: layer-to-layer state, returned changed by those who use it.
+    rng: the random generator of the array's library. carry: layer-to-layer state of one forward pass (and what the caller said
+    of the tokens: task, modality), changed in place by those who use it. notes: what the stages of one router leave in one call
+    for its own losses.
     """
 
     layer: int = 0
@@ -122,6 +124,7 @@ class RouteContext:
     position_T: Array | None = None
     rng: Any = None
     carry: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 OnLogits = Callable[[Array, RouteContext], Array]  # logits_TE -> logits_TE: changes selection and weights

@@ -1,0 +1,1 @@
+"""Trainable MoE layers: routers, losses, taps, experts, blocks and a small decoder, each method one file."""

@@ -1,0 +1,1 @@
+"""Whole decoders: one file each; a factory from a `MoEConfig` to a module."""

@@ -1,0 +1,1 @@
+"""Edits of a routing that can be put on any router: one a file."""
