@@ -1,6 +1,7 @@
 """How fast is a checkpoint larger than memory: moestro, transformers + accelerate and llama.cpp under one kernel memory limit.
 
-    sudo python benchmarks/larger_than_memory.py                    the real size: 13.8 GB checkpoint, twice more for the peers' formats
+    sudo python benchmarks/larger_than_memory.py                    bf16: 13.8 GB checkpoint, twice more for the peers' formats
+    sudo python benchmarks/larger_than_memory.py --precision 4bit   the same weights in 3.9 GB, against llama.cpp's Q4_0
     sudo python benchmarks/larger_than_memory.py --scale 0.05       a quick look
 
 Runs alternate (A B C, A B C, ...), each from a cold page cache, with the disk probed before and after it. Writes
@@ -10,25 +11,27 @@ results/larger_than_memory_<hardware>_<date>.json and a picture of it. See READM
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
 import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import limits
 import peers
 import picture
+import programs
 import shapes
+from cells import Cells, parse, parser, say
+from programs import Program
 
-HERE = Path(__file__).resolve().parent
+BITS = {"bf16": 16.0, "4bit": 4.5}  # of a weight; four and a float16 scale per 32
+# What the project promises: so many times this program's decoding rate, by routing; and this share of the bound.
+PROMISED = {"bf16": ("accelerate", {"chain": 2.0, "uniform": 1.4}), "4bit": ("llama.cpp", {"chain": 2.2, "uniform": 1.5})}
+NEAR = 0.8
 SETTINGS = (  # of accelerate: placement, experts implementation, layout; the fastest is measured
     ("mapped", "eager", "fused"),
     ("mapped", "grouped_mm", "fused"),
@@ -40,20 +43,11 @@ SETTINGS = (  # of accelerate: placement, experts implementation, layout; the fa
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
-    """A program under test: the runner that drives it, the files it reads and its options."""
-
-    name: str
-    script: str
-    model: Path
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class Bench:
-    """What is the same for every run."""
+    """What is the same for every run. bits: of a weight. Prompts and answers in tokens."""
 
     shape: shapes.Shape
+    bits: float
     work: Path
     probe: Path
     limited: bool
@@ -66,26 +60,19 @@ class Bench:
     warm: bool
     read_ahead: int | None
 
-    def session(self, who: Contender, budget: int, locality: str, start: int, **changes: Any) -> dict[str, Any]:
-        """One run: cold cache, probe, child under the limit, probe."""
-        prompt, decode = changes.get("prompt", self.prompt), changes.get("decode", self.decode)
-        ids = shapes.prompt(self.shape, locality, prompt + decode, start)
-        spec = {
-            "model": str(who.model),
-            "prompt": ids[:prompt],
-            "forced": ids[prompt:],
-            "threads": self.threads,
-            "memory": budget,
-            "seconds": self.seconds,
-            "options": who.options,
-        }
-        env = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    def session(self, who: Program, budget: int, locality: str, start: int) -> dict[str, Any]:
+        """One run: cold cache, probes, child under the limit, probes."""
+        ids = shapes.prompt(self.shape, locality, self.prompt + self.decode, start)
+        turn = {"prompt": ids[: self.prompt], "forced": ids[self.prompt :], "seconds": self.seconds}
+        argv = who.command(threads=self.threads, context=len(ids) + 8, memory=budget, turn=turn)
         with limits.locked(self.lock), limits.read_ahead_of(self.work, self.read_ahead) as ahead:
+            memory = programs.memory_rate(self.threads)
             cold = not self.warm and limits.drop_page_cache()
             before = self.disk()
-            argv = [sys.executable, str(HERE / who.script), json.dumps(spec)]
+            env = programs.environment(self.threads)
             outcome = limits.run(argv, limit=budget if self.limited else None, timeout=self.timeout, env=env)
             after = self.disk()
+            memory_rate = programs.beside(memory, programs.memory_rate(self.threads))
         rate = (before.best + after.best) / 2
         return {
             "contender": who.name,
@@ -97,24 +84,26 @@ class Bench:
             "read_ahead_kib": ahead,
             "disk_rate": rate,
             "disk_probes": [before.rates, after.rates],
+            "memory_rate": memory_rate,
             "kernel": outcome.counts(),
-            **figures(outcome.result(), self.shape, rate),
+            **figures(outcome.result(), self.shape, self.bits, rate, memory_rate),
         }
 
     def disk(self) -> limits.DiskRate:
-        expert = self.shape.expert_bytes
+        expert = self.shape.expert_bytes(self.bits)
         return limits.disk_rate(
             self.probe, [max(4096, expert // 3), max(4096, expert)], seconds=0.02 if self.warm else 0.25, rounds=2
         )
 
 
-def figures(result: dict[str, Any], shape: shapes.Shape, disk_rate: float) -> dict[str, Any]:
+def figures(result: dict[str, Any], shape: shapes.Shape, bits: float, disk_rate: float, memory_rate: float) -> dict[str, Any]:
     """The numbers of one session that are compared. Where the engine counts its misses, also the bound and how near it came.
 
     missed: experts that decoding needed and memory did not hold, whether read on demand or ahead of it; a wrong guess is none.
-    bound_seconds: missed bytes over the disk's rate, the least time in which they could have been read. The disk drifts within
-    a run, so its rate is the higher of what the probes saw beside the run and of what the engine's own reads reached in it
-    (reader_rate): the ratio never passes 1 because the probes had a slow moment.
+    bound_seconds: the longer of missed bytes over the disk's rate, the least time in which they could have been read, and of the
+    weights that the tokens need over the memory's rate. The disk drifts within a run, so its rate is the higher of what the probes
+    saw beside the run and of what the engine's own reads reached in it (reader_rate): the ratio never passes 1 because the probes
+    had a slow moment.
     bytes_over_missed: bytes the kernel read for the process while decoding, over missed experts x expert size.
     """
     if "error" in result:
@@ -144,15 +133,19 @@ def figures(result: dict[str, Any], shape: shapes.Shape, disk_rate: float) -> di
         seen = {key: after[key] - before[key] for key in after}
         misses = seen["misses"] + seen["prefetch_used"]
         hits = seen["hits"] - seen["prefetch_used"]
-        missed = misses * shape.expert_bytes
+        missed = misses * shape.expert_bytes(bits)
         reader_rate = seen["reader_bytes"] / seen["reader_seconds"] if seen["reader_seconds"] else 0.0
-        best_rate = max(disk_rate, reader_rate)
+        disk_seconds = missed / max(disk_rate, reader_rate)
+        memory_seconds = len(times) * sum(shape.active_bytes(bits).values()) / memory_rate
+        bound = max(disk_seconds, memory_seconds)
         out |= {
             "reader_rate": reader_rate,
             "hit_rate": hits / max(1, hits + misses),
             "missed_per_token": missed / len(times),
-            "bound_seconds": missed / best_rate,
-            "bound_ratio": missed / best_rate / total,
+            "disk_seconds": disk_seconds,
+            "memory_seconds": memory_seconds,
+            "bound_seconds": bound,
+            "bound_ratio": bound / total,
             "bytes_over_missed": read / missed if missed and read is not None else None,
         }
     return out
@@ -188,23 +181,23 @@ def seen_overlap(runs: list[dict[str, Any]]) -> dict[str, float]:
     return {locality: statistics.median(shares) for locality, shares in seen.items()}
 
 
-def tune(bench: Bench, budget: int, folders: dict[str, Path], say) -> tuple[Contender, list[dict[str, Any]]]:
-    """Try each of accelerate's settings on a short session; the one that decodes fastest, and what each reached."""
+def tune(bench: Bench, budget: int, folders: dict[str, Path]) -> dict[str, Any]:
+    """Try each of accelerate's settings on a short session; `best` is the index of the one that decodes fastest."""
+    short = replace(bench, prompt=4, decode=6)
     tried = []
-    best: tuple[float, Contender] | None = None
     for placement, experts, layout in SETTINGS:
-        options = {"placement": placement, "experts": experts, "resident": budget // 2}
-        who = Contender("accelerate", "run_accelerate.py", folders[layout], options)
-        run = bench.session(who, budget, "chain", 90, prompt=4, decode=6)
+        who = accelerate(folders, placement, experts, layout, budget)
+        run = short.session(who, budget, "chain", 90)
         rate = run.get("decode_rate", 0.0)
-        tried.append(
-            {"layout": layout, **options, "decode_rate": rate, "error": run.get("error"), "read": run.get("read_per_token")}
-        )
+        said = {"placement": placement, "experts": experts, "layout": layout, "decode_rate": rate}
+        tried.append({**said, "error": run.get("error"), "read": run.get("read_per_token")})
         say(f"  accelerate {placement}/{experts}/{layout}: {rate:.3f} tokens/s {(run.get('error') or '')[-200:]}")
-        if best is None or rate > best[0]:
-            best = (rate, who)
-    assert best is not None
-    return best[1], tried
+    return {"tried": tried, "best": max(range(len(tried)), key=lambda i: tried[i]["decode_rate"])}
+
+
+def accelerate(folders: dict[str, Path], placement: str, experts: str, layout: str, budget: int) -> Program:
+    options = {"placement": placement, "experts": experts, "resident": budget // 2}
+    return Program("accelerate", "run_accelerate.py", folders[layout], options)
 
 
 def parse_budget(text: str, whole: int) -> int:
@@ -268,23 +261,20 @@ def _agree(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return all(x == y for x, y in zip(a["answer"], b["answer"]))  # the shorter may have been stopped by the clock
 
 
-def verdict(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the project promises of moestro, cell by cell."""
+def verdict(rows: Sequence[dict[str, Any]], precision: str) -> list[dict[str, Any]]:
+    """What the project promises of moestro, cell by cell: True, False, or None where it was not measured."""
+    peer, factors = PROMISED[precision]
     out = []
     for row in rows:
         if row["contender"] != "moestro" or "error" in row:
             continue
-        other = next(
-            (
-                r
-                for r in rows
-                if r["contender"] == "accelerate" and (r["budget"], r["locality"]) == (row["budget"], row["locality"])
-            ),
-            {},
-        )
+        cell = (row["budget"], row["locality"])
+        others = [r for r in rows if r["contender"] == peer and (r["budget"], r["locality"]) == cell]
+        times = others[0].get("moestro_over_this") if others else None
+        least = factors[row["locality"]]
         checks: dict[str, Any] = {
-            "faster_than_accelerate": other["moestro_over_this"] > 1 if "moestro_over_this" in other else None,
-            "at_least_70_percent_of_bound": row["bound_ratio"] >= 0.7 if "bound_ratio" in row else None,
+            f"at_least_{least}_times_{peer}": times >= least if times is not None else None,
+            f"at_least_{NEAR:.0%}_of_bound": row["bound_ratio"] >= NEAR if "bound_ratio" in row else None,
             "bytes_within_5_percent_of_missed": abs(row["bytes_over_missed"] - 1) <= 0.05 if "bytes_over_missed" in row else None,
             "peak_within_budget": row["peak"] <= row["budget"] if row["peak"] is not None else None,
         }
@@ -316,52 +306,28 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def versions() -> dict[str, str]:
-    out = {"python": sys.version.split()[0]}
-    for name in ("moestro", "numpy", "torch", "transformers", "accelerate", "safetensors", "llama-cpp-python", "gguf"):
-        try:
-            out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            out[name] = "not installed"
-    commit = subprocess.run(
-        ["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    changed = subprocess.run(
-        ["git", "-C", str(HERE), "status", "--porcelain", "--", "..", ":!../benchmarks"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return out | {"commit": (commit or "unknown") + ("+changes" if changed.stdout.strip() else "")}
-
-
-def default_work() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "moestro" / "benchmarks"
-
-
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--scale", type=float, default=1.0, help="share of OLMoE's 13.8 GB (widths and vocabulary shrink)")
-    p.add_argument("--work", type=Path, default=default_work(), help="folder for the checkpoints, outside the repository")
-    p.add_argument("--budgets", default="50%,25%,4GiB", help="shares of the checkpoint or sizes")
+    p = parser(__doc__)
+    p.add_argument("--precision", choices=tuple(BITS), default="bf16", help="of the weights, in every program")
+    p.add_argument("--budgets", help="shares of the checkpoint or sizes; 50%%,25%%,4GiB for bf16, 75%%,50%%,25%% for 4bit")
     p.add_argument("--locality", default="chain,uniform", help="chain: about 60 %% of experts recur; uniform: by chance")
-    p.add_argument("--contenders", default="moestro,accelerate,llama.cpp")
+    p.add_argument("--contenders", help="moestro,accelerate,llama.cpp; 4bit without accelerate, which has no such weights")
     p.add_argument("--accelerate", help="PLACEMENT/EXPERTS/LAYOUT instead of trying them all")
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--prompt", type=int, default=32, help="prompt tokens")
     p.add_argument("--decode", type=int, default=64, help="decoded tokens")
     p.add_argument("--seconds", type=float, default=60, help="decoding stops after this long")
     p.add_argument("--timeout", type=float, default=900, help="a run is killed after this long")
-    p.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     p.add_argument("--read-ahead", type=int, default=128, help="KiB, set for the runs and restored; 0 leaves it as it is")
-    p.add_argument("--lock", type=Path, help="lock file held while timing")
+    p.add_argument("--read-ahead-too", type=int, default=8192, help="KiB at which moestro runs its second budget again; 0: none")
     p.add_argument("--warm", action="store_true", help="do not drop the page cache before each run (for trying things out)")
     p.add_argument("--no-limit", action="store_true", help="run without a kernel limit; the results say so")
-    p.add_argument("--out", type=Path, help="results file; at full size benchmarks/results/, else the work folder")
-    args = p.parse_args(argv)
-    if args.work.resolve().is_relative_to(HERE.parent):
-        p.error(f"--work {args.work} is inside the repository; choose a folder outside it")
+    args = parse(p, argv)
+    four = args.precision == "4bit"
+    args.budgets = args.budgets or ("75%,50%,25%" if four else "50%,25%,4GiB")
+    args.contenders = args.contenders or ("moestro,llama.cpp" if four else "moestro,accelerate,llama.cpp")
+    if four and "accelerate" in args.contenders:
+        p.error("--contenders accelerate has no 4-bit weights; leave it out, or --precision bf16")
     return args
 
 
@@ -374,90 +340,77 @@ def main(argv: Sequence[str] | None = None) -> int:
         except limits.Unlimited as error:
             print(f"{error}\n(or run with --no-limit; the results will say that nothing was limited)", file=sys.stderr)
             return 2
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    names = args.contenders.split(",")
-    shape = shapes.Shape.scaled(args.scale)
+    shape, names, bits = shapes.Shape.scaled(args.scale), args.contenders.split(","), BITS[args.precision]
     say(f"checkpoint {shape.name} in {args.work}")
     folders = {"published": shapes.write_checkpoint(args.work / shape.name, shape, say=say)}
-    whole = sum(f.stat().st_size for f in folders["published"].glob("*.safetensors"))
-    contenders = []
+    contenders = {}
     if "moestro" in names:
-        contenders.append(Contender("moestro", "run_moestro.py", folders["published"]))
+        contenders["moestro"] = programs.moestro(shape, args.work, bits=round(bits), say=say)
     if "accelerate" in names:
         folders["fused"] = peers.write_fused(folders["published"], args.work / f"{shape.name}-fused", shape, say=say)
     if "llama.cpp" in names:
-        gguf = peers.write_gguf(folders["published"], args.work / f"{shape.name}.gguf", shape, say=say)
-        contenders.append(Contender("llama.cpp", "run_llamacpp.py", gguf))
+        matrices = "bf16" if bits == 16 else "q4_0"
+        contenders["llama.cpp"] = programs.llama_cpp(
+            shape, args.work, matrices=matrices, threads=args.threads, say=say, repack=False
+        )
     bench = Bench(
-        shape, args.work, max(folders["published"].glob("*.safetensors"), key=lambda f: f.stat().st_size), limited, args.lock,
-        args.threads, args.prompt, args.decode, args.seconds, args.timeout, args.warm,
-        args.read_ahead or None,
+        shape, bits, args.work, max(folders["published"].glob("*.safetensors"), key=lambda f: f.stat().st_size), limited, args.lock,
+        args.threads, args.prompt, args.decode, args.seconds, args.timeout, args.warm, args.read_ahead or None,
     )  # fmt: skip
-    asked = args.budgets or ("50%,25%,4GiB" if args.scale == 1 else "50%,25%")
-    budgets = list(dict.fromkeys(parse_budget(text, whole) for text in asked.split(",")))
-    tried: list[dict[str, Any]] = []
-    runs: list[dict[str, Any]] = []
-    today = datetime.date.today().isoformat()
-    info = limits.machine(args.work)
-    hardware = re.sub(r"[^a-z0-9]+", "-", f"{info['cpu']} {info['cores']}c".lower()).strip("-")
-    name = f"larger_than_memory_{hardware}_{today}.json"
-    out = args.out or (
-        HERE / "results" / name if args.scale == 1 else args.work / name.replace("memory_", f"memory-scale{args.scale}_")
-    )
-    with limits.locked(args.lock):
-        memory_rate = limits.memory_rate(args.threads)
-    report: dict[str, Any] = {
-        "question": "larger_than_memory",
-        "date": today,
-        "machine": info,
-        "versions": versions(),
-        "read_ahead_kib": args.read_ahead or info["read_ahead_kib_before"],
+    whole = shape.all_bytes(bits)
+    budgets = list(dict.fromkeys(parse_budget(text, whole) for text in args.budgets.split(",")))
+    settings = {k: getattr(args, k) for k in ("precision", "threads", "prompt", "decode", "seconds", "read_ahead", "warm")}
+    question = "larger_than_memory" if bits == 16 else f"larger_than_memory_{args.precision}"
+    cells = Cells(question, args, {"shape": shape.name, "limited": limited, **settings})
+    cells.report |= {
+        "read_ahead_kib": args.read_ahead or cells.report["machine"]["read_ahead_kib_before"],
         "kernel_limit": limited,
-        "cold_cache": not args.warm,
-        "shape": {k: getattr(shape, k) for k in shapes.Shape.__dataclass_fields__},
-        "expert_bytes": shape.expert_bytes,
+        "expert_bytes": shape.expert_bytes(bits),
+        "active_bytes": shape.active_bytes(bits),
         "checkpoint_bytes": whole,
-        "expected_overlap": expected_overlap(bench, folders["published"]),
+        "precision": args.precision,
         "threads": args.threads,
-        "prompt_tokens": args.prompt,
-        "memory_rate": memory_rate,
+        "expected_overlap": expected_overlap(bench, folders["published"]),
     }
     if "accelerate" in names:
         if args.accelerate:
-            placement, experts, layout = args.accelerate.split("/")
-            options = {"placement": placement, "experts": experts, "resident": min(budgets) // 2}
-            chosen = Contender("accelerate", "run_accelerate.py", folders[layout], options)
+            setting = args.accelerate.split("/")
         else:
-            chosen, tried = tune(bench, min(budgets), folders, say)
-        contenders.append(chosen)
-    order = sorted(contenders, key=lambda c: names.index(c.name))
+            found = cells.measure("accelerate's settings", lambda: tune(bench, min(budgets), folders))
+            setting = SETTINGS[found["best"]]
+        contenders["accelerate"] = accelerate(folders, *setting, min(budgets))
+    order = [contenders[name] for name in names]
+    runs: list[dict[str, Any]] = []
+
+    def add(bench: Bench, who: Program, budget: int, locality: str, repeat: int) -> None:
+        name = f"{budget}/{locality}/{repeat}/{who.name}"
+        run = cells.measure(name, lambda: bench.session(who, budget, locality, repeat))
+        runs.append(run)
+        rate = run.get("decode_rate")
+        say(f"  {name}: {f'{rate:.3f} tokens/s' if rate else run['error'][-300:]}; disk {run['disk_rate'] / 1e9:.2f} GB/s")
+        rows = summarise(runs)
+        cells.write(
+            overlap=cells.report["expected_overlap"] | seen_overlap(runs),
+            disk_rate=statistics.median(r["disk_rate"] for r in runs),
+            memory_rate=statistics.median(r["memory_rate"] for r in runs),
+            summary=rows,
+            verdict=verdict(rows, args.precision),
+        )
+
     for budget in budgets:
         for locality in args.locality.split(","):
             for repeat in range(args.repeats):
                 for who in order:
-                    run = bench.session(who, budget, locality, repeat)
-                    runs.append(run)
-                    rate = run.get("decode_rate")
-                    got = f"{rate:.3f} tokens/s" if rate else run["error"][-300:]
-                    say(
-                        f"  {budget / 1e9:.2f} GB {locality} {repeat + 1}/{args.repeats} {who.name}: {got}; disk {run['disk_rate'] / 1e9:.2f} GB/s"
-                    )
-                    rows = summarise(runs)
-                    report |= {
-                        "overlap": report["expected_overlap"] | seen_overlap(runs),
-                        "disk_rate": statistics.median(r["disk_rate"] for r in runs),
-                        "summary": rows,
-                        "verdict": verdict(rows),
-                    }
-                    shapes.write_json(out, {**report, "accelerate_settings_tried": tried, "runs": runs})
-    picture.plot(report, out.with_suffix(".png"))
-    print(table(report["summary"]))
-    for line in report["verdict"]:
+                    add(bench, who, budget, locality, repeat)
+    if "moestro" in contenders and args.read_ahead_too and args.read_ahead:
+        other = replace(contenders["moestro"], name=f"moestro at {args.read_ahead_too} KiB")
+        for repeat in range(args.repeats):
+            add(replace(bench, read_ahead=args.read_ahead_too), other, budgets[min(1, len(budgets) - 1)], "chain", repeat)
+    picture.plot(cells.report, cells.path.with_suffix(".png"))
+    print(table(cells.report["summary"]))
+    for line in cells.report["verdict"]:
         print(json.dumps(line))
-    print(out)
+    print(cells.path)
     return 0
 
 

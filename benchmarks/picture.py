@@ -20,7 +20,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     rows = [r for r in report["summary"] if "error" not in r]
     kinds = list(dict.fromkeys(r["locality"] for r in report["summary"]))
-    names = list(dict.fromkeys(r["contender"] for r in report["summary"]))
+    names = [name for name in COLOURS if any(r["contender"] == name for r in report["summary"])]
     figure, axes = plt.subplots(len(PANELS), len(kinds), figsize=(4.8 * len(kinds) + 0.6, 6.4), squeeze=False, sharey="row")
     for column, kind in enumerate(kinds):
         for line, (key, scale, label) in enumerate(PANELS):
@@ -51,7 +51,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 def _bars(ax: Any, rows: list[dict[str, Any]], budgets: list[int], names: list[str], key: str, scale: float) -> None:
     width = 0.8 / len(names)
-    label: str | None = "missed bytes / disk rate"
+    label: str | None = "bound"
     for i, name in enumerate(names):
         mine = [r for r in rows if r["contender"] == name]
         at = [budgets.index(r["budget"]) + (i - (len(names) - 1) / 2) * width for r in mine]

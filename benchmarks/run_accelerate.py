@@ -32,6 +32,8 @@ class Transformers:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             spec["model"], dtype=torch.bfloat16, experts_implementation=options["experts"], **placement
         ).eval()
+
+    def start(self) -> None:
         self.past = None
 
     def feed(self, tokens: list[int]) -> int:
@@ -50,4 +52,4 @@ class Transformers:
 
 
 if __name__ == "__main__":
-    raise SystemExit(session.measure(Transformers))
+    raise SystemExit(session.main(Transformers))

@@ -1,4 +1,4 @@
-"""One session of moestro's engine on the published files, its memory budget the same as the kernel's limit. See session.py."""
+"""moestro's engine, its memory budget the same as the kernel's limit. See session.py. Options: of Engine.open, such as store."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ class Moestro:
     def __init__(self, spec: dict[str, Any]) -> None:
         from moestro.engine.engine import Engine
 
-        context = len(spec["prompt"]) + len(spec["forced"]) + 8
+        self.context = spec["context"]
         # The trace is a few integers per layer and token; it tells how much the routing repeats.
         self.engine = Engine.open(
-            spec["model"], memory=spec["memory"], threads=spec["threads"], context=context, trace=True, **spec["options"]
+            spec["model"], memory=spec["memory"], threads=spec["threads"], context=self.context, trace=True, **spec["options"]
         )
+
+    def start(self) -> None:
         self.engine.begin()
-        self.state = self.engine.trunk.start(1, context)
+        self.state = self.engine.trunk.start(1, self.context)
         self.started = False
 
     def feed(self, tokens: list[int]) -> int:
@@ -45,6 +47,7 @@ class Moestro:
         forecast = asdict(plan.forecast) if plan.forecast else None
         return {
             "kernels": native.level(),
+            "expert_bytes": self.engine.store.slot_bytes,
             "memory": asdict(plan.memory),
             "slots": list(plan.slots),
             "scope": plan.scope,
@@ -66,4 +69,4 @@ class Moestro:
 
 
 if __name__ == "__main__":
-    raise SystemExit(session.measure(Moestro))
+    raise SystemExit(session.main(Moestro))

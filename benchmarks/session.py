@@ -1,7 +1,9 @@
-"""One timed decoding session inside a child process: prefill a prompt, decode forced tokens, print one JSON line.
+"""Timed turns inside a child process: read a prompt, decode forced tokens, print one JSON line per turn.
 
-A runner gives `measure` a function that loads the model and returns a Stepper; everything that is counted is counted here, the same
-way for every program.
+A runner gives `main` a function that loads the model and returns a Stepper; everything that is counted is counted here, the same
+way for every program. The specification is the JSON in argv[1], with the fields model, threads, memory (bytes or null), context
+(tokens), options (the runner's own) and `turn`: {prompt: ids, forced: ids fed one by one after it, seconds: decoding stops early after
+that long}. Without `turn` the child stays and takes turns from its standard input, one JSON object a line.
 """
 
 from __future__ import annotations
@@ -19,6 +21,10 @@ from typing import Any, Protocol
 
 class Stepper(Protocol):
     """A loaded model with the state of one sequence."""
+
+    def start(self) -> None:
+        """Begin a new sequence; what was fed before is forgotten."""
+        ...
 
     def feed(self, tokens: list[int]) -> int:
         """Run these tokens after those already fed; the most likely next id."""
@@ -56,53 +62,59 @@ def _since(after: dict[str, float], before: dict[str, float]) -> dict[str, float
     return {k: after[k] - before[k] for k in after}
 
 
-def measure(load: Callable[[dict[str, Any]], Stepper]) -> int:
-    """Run the session that the JSON in argv[1] describes.
-
-    Its fields: model, prompt (ids), forced (ids fed one by one after the prompt), threads, memory (bytes or null),
-    seconds (decoding stops early after that long), options (the runner's own).
-    """
-    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # moestro, where it is not installed
-    spec = json.loads(sys.argv[1])
-    os.environ["OMP_NUM_THREADS"] = str(spec["threads"])
-    marks = [counters()]
+def play(stepper: Stepper, turn: dict[str, Any]) -> dict[str, Any]:
+    """One sequence from its start: times, what the kernel and the engine counted in each phase, and the answers."""
+    stepper.start()
+    marks, stats = [counters()], [stepper.stats()]
     began = time.perf_counter()
-    stepper = load(spec)
-    load_seconds = time.perf_counter() - began
-    marks.append(counters())
-    stats = [stepper.stats()]
-    began = time.perf_counter()
-    answer = [stepper.feed(spec["prompt"])]
+    answer = [stepper.feed(turn["prompt"])]
     prefill_seconds = time.perf_counter() - began
     marks.append(counters())
     stats.append(stepper.stats())
     times: list[float] = []
     started = time.perf_counter()
-    for token in spec["forced"]:
+    for token in turn["forced"]:
         began = time.perf_counter()
         answer.append(stepper.feed([token]))
         times.append(time.perf_counter() - began)
-        if time.perf_counter() - started > spec["seconds"]:
+        if time.perf_counter() - started > turn["seconds"]:
             break
     marks.append(counters())
     stats.append(stepper.stats())
-    phases = dict(zip(("load", "prefill", "decode"), (_since(b, a) for a, b in itertools.pairwise(marks)), strict=True))
-    follows = [a == b for a, b in zip(answer, spec["forced"])]
-    print(
-        json.dumps(
-            {
-                "load_seconds": load_seconds,
-                "prefill_seconds": prefill_seconds,
-                "prefill_tokens": len(spec["prompt"]),
-                "decode_seconds": times,
-                "kernel": phases,
-                "resident": resident(),
-                "engine": dict(zip(("load", "prefill", "decode"), stats, strict=True)),
-                "about": stepper.about(),
-                "answer": answer,
-                "follows": sum(follows) / max(1, len(follows)),
-            }
-        ),
-        flush=True,
-    )
+    phases = dict(zip(("prefill", "decode"), (_since(b, a) for a, b in itertools.pairwise(marks)), strict=True))
+    follows = [a == b for a, b in zip(answer, turn["forced"])]
+    return {
+        "prefill_seconds": prefill_seconds,
+        "prefill_tokens": len(turn["prompt"]),
+        "decode_seconds": times,
+        "kernel": phases,
+        "resident": resident(),
+        "engine": dict(zip(("load", "prefill", "decode"), stats, strict=True)),
+        "answer": answer,
+        "follows": sum(follows) / max(1, len(follows)),
+    }
+
+
+def say(value: dict[str, Any]) -> None:
+    print(json.dumps(value), flush=True)
+
+
+def main(load: Callable[[dict[str, Any]], Stepper]) -> int:
+    """Load the model as argv[1] says and take its one turn, or those that come on standard input."""
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # moestro, where it is not installed
+    spec = json.loads(sys.argv[1])
+    os.environ["OMP_NUM_THREADS"] = str(spec["threads"])
+    before = counters()
+    began = time.perf_counter()
+    stepper = load(spec)
+    loaded = {"load_seconds": time.perf_counter() - began}
+    used = _since(counters(), before)
+    if "turn" in spec:
+        result = play(stepper, spec["turn"])
+        say({**result, **loaded, "kernel": {"load": used, **result["kernel"]}, "about": stepper.about()})
+        return 0
+    say({**loaded, "kernel": {"load": used}})
+    for line in sys.stdin:
+        result = play(stepper, json.loads(line))
+        say({**result, "about": stepper.about()})
     return 0

@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +56,7 @@ class Shape:
     vocabulary: int = 50304
     rho: float = 0.88
     seed: int = 0
+    context: int = 4096
 
     @classmethod
     def scaled(cls, scale: float, *, rho: float | None = None, seed: int = 0) -> Shape:
@@ -64,13 +66,22 @@ class Shape:
         rho = cls.__dataclass_fields__["rho"].default if rho is None else rho
         return cls(width=128 * heads, expert_width=64 * heads, heads=heads, vocabulary=vocabulary, rho=rho, seed=seed)
 
-    @property
-    def expert_bytes(self) -> int:
-        return 3 * self.width * self.expert_width * 2
+    def expert_bytes(self, bits: float = 16) -> int:
+        """Of one expert whose matrices have so many bits a weight."""
+        return round(3 * self.width * self.expert_width * bits / 8)
 
-    @property
-    def expert_total(self) -> int:
-        return self.layers * self.experts * self.expert_bytes
+    def active_bytes(self, bits: float) -> dict[str, int]:
+        """Bytes of weights that one token needs when every matrix has so many bits a weight; routers have 16. No KV cache, no norms."""
+        d, f, k = self.width, self.expert_width, self.top_k
+        experts, attention = self.layers * k * 3 * d * f, self.layers * 4 * d * d
+        out = {"experts": experts, "attention": attention, "head": self.vocabulary * d}
+        return {name: round(n * bits / 8) for name, n in out.items()} | {"routers": 2 * self.layers * self.experts * d}
+
+    def all_bytes(self, bits: float) -> int:
+        """Bytes of all matrices at so many bits a weight, embedding and head included."""
+        experts = 3 * self.width * self.expert_width * self.experts
+        weights = self.layers * (experts + 4 * self.width**2) + 2 * self.vocabulary * self.width
+        return round(weights * bits / 8) + 2 * self.layers * self.experts * self.width
 
     @property
     def name(self) -> str:
@@ -90,7 +101,7 @@ class Shape:
             "hidden_size": self.width,
             "initializer_range": 0.02,
             "intermediate_size": self.expert_width,
-            "max_position_embeddings": 4096,
+            "max_position_embeddings": self.context,
             "norm_topk_prob": False,
             "num_attention_heads": self.heads,
             "num_experts": self.experts,
@@ -271,6 +282,10 @@ def write_all(out, data: bytes | memoryview) -> None:
         view = view[out.write(view) :]
 
 
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_json(path: Path, value: object) -> None:
     temporary = path.with_suffix(".partial")
     temporary.write_text(json.dumps(value, indent=1))
@@ -293,7 +308,9 @@ def _write_tokenizer(folder: Path, shape: Shape) -> None:
         "model": model,
     }
     write_json(folder / "tokenizer.json", content)
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 4096})
+    write_json(
+        folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": shape.context}
+    )
 
 
 class Shards:
@@ -332,14 +349,14 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--rho", type=float)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--gguf", action="store_true", help="the same weights for llama.cpp too")
+    parser.add_argument("--gguf", choices=("bf16", "q4_0"), help="the same weights for llama.cpp too")
     parser.add_argument("--fused", action="store_true", help="and in transformers' own fused layout")
     args = parser.parse_args()
     shape = Shape.scaled(args.scale, rho=args.rho, seed=args.seed)
     folder = write_checkpoint(args.out / shape.name, shape)
     print(folder)
     if args.gguf:
-        print(peers.write_gguf(folder, args.out / f"{shape.name}.gguf", shape))
+        print(peers.write_gguf(folder, peers.gguf_path(args.out, shape, args.gguf), shape, matrices=args.gguf))
     if args.fused:
         print(peers.write_fused(folder, args.out / f"{shape.name}-fused", shape))
     return 0

@@ -75,7 +75,7 @@ def test_every_format_computes_the_same_function_and_walks(checkpoint, tmp_path)
     import transformers
 
     fused = peers.write_fused(checkpoint, tmp_path / "fused", TINY, say=quiet)
-    gguf = peers.write_gguf(checkpoint, tmp_path / "tiny.gguf", TINY, f32_matrices=True, say=quiet)
+    gguf = peers.write_gguf(checkpoint, tmp_path / "tiny.gguf", TINY, matrices="f32", say=quiet)
     ids = shapes.prompt(TINY, "chain", 24, 1) + shapes.prompt(TINY, "uniform", 24, 1)
     logits = {}
     for folder in (checkpoint, fused):
@@ -165,23 +165,31 @@ def _session(seconds: float, *, misses: int = 0, read: int = 0, reading: float =
 
 
 def test_bound_and_verdict_are_counted_by_hand():
-    size = TINY.expert_bytes
-    ours = bench.figures(_session(0.1, misses=100, read=102 * size), TINY, disk_rate=125.0 * size)
+    size = TINY.expert_bytes()
+
+    def figures(session: dict, disk_rate: float, memory_rate: float = 1e12) -> dict:
+        return bench.figures(session, TINY, 16, disk_rate, memory_rate)
+
+    ours = figures(_session(0.1, misses=100, read=102 * size), disk_rate=125.0 * size)
     assert ours["bound_seconds"] == pytest.approx(0.8) and ours["bound_ratio"] == pytest.approx(0.8)
     assert ours["bytes_over_missed"] == pytest.approx(1.02) and ours["hit_rate"] == pytest.approx(30 / 130)
     assert ours["reader_rate"] == pytest.approx(102 * size)
-    faster = bench.figures(_session(0.1, misses=100, read=100 * size, reading=0.5), TINY, disk_rate=125.0 * size)
+    faster = figures(_session(0.1, misses=100, read=100 * size, reading=0.5), disk_rate=125.0 * size)
     assert faster["bound_seconds"] == pytest.approx(0.5), "the engine's own reads were faster than the probes"
-    theirs = bench.figures(_session(0.2, read=300 * size), TINY, disk_rate=125.0 * size)
+    busy = figures(
+        _session(0.1, misses=1, read=size), disk_rate=125.0 * size, memory_rate=sum(TINY.active_bytes(16).values()) / 0.09
+    )
+    assert busy["bound_seconds"] == pytest.approx(0.9), "ten tokens, whose weights take 90 ms each from memory"
+    theirs = figures(_session(0.2, read=300 * size), disk_rate=125.0 * size)
     assert theirs["decode_rate"] == pytest.approx(5.0) and "bound_ratio" not in theirs
     where = {"budget": 1000, "locality": "chain", "start": 0, "kernel": {"peak": 900, "peak_anonymous": 500}}
     rows = bench.summarise([{"contender": "moestro", **where, **ours}, {"contender": "accelerate", **where, **theirs}])
     assert rows[1]["moestro_over_this"] == pytest.approx(2.0) and rows[1]["same_answer"]
-    assert all(v is True for k, v in bench.verdict(rows)[0].items() if k not in ("budget", "locality"))
-    late = {**ours, "bound_ratio": 0.6, "bytes_over_missed": 1.2, "kernel": {"peak": 1100, "peak_anonymous": 1}}
+    assert all(v is True for k, v in bench.verdict(rows, "bf16")[0].items() if k not in ("budget", "locality"))
+    late = {**ours, "bound_ratio": 0.75, "bytes_over_missed": 1.2, "kernel": {"peak": 1100, "peak_anonymous": 1}}
     rows = bench.summarise([{"contender": "moestro", **where, **late}, {"contender": "accelerate", **where, "error": "killed"}])
-    checks = bench.verdict(rows)[0]
-    assert checks["faster_than_accelerate"] is None
+    checks = bench.verdict(rows, "bf16")[0]
+    assert checks["at_least_2.0_times_accelerate"] is None
     assert not any(checks[k] for k in checks if k not in ("budget", "locality"))
     assert "killed" in bench.table(rows)
 
