@@ -56,7 +56,7 @@ class MoEConfig:
     num_experts E, top_k K, d_expert F, activation, gated, bias: the routed experts. d_shared: width of an always-on expert (0: none);
     shared_gate: times a sigmoid gate. dense_layers: decoder layers with a dense feed-forward of width d_dense (0: as wide as what
     a token meets in an MoE layer).
-    experts, router, block, architecture: methods by name. special: further experts, whose ids follow the E routed ones.
+    experts, router, mixer, block, architecture: methods by name. special: further experts, whose ids follow the E routed ones.
     losses and taps: added to what the router brings. init_std, seed: of the initial weights.
     """
 
@@ -83,6 +83,7 @@ class MoEConfig:
     d_dense: int = 0
     experts: Part = Part("stacked")
     router: Part = Part("topk")
+    mixer: Part = Part("attention")
     block: Part = Part("routed")
     architecture: Part = Part("decoder")
     special: tuple[Part, ...] = ()
@@ -92,7 +93,7 @@ class MoEConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("experts", "router", "block", "architecture"):
+        for name in ("experts", "router", "mixer", "block", "architecture"):
             object.__setattr__(self, name, Part.of(getattr(self, name)))
         for name in ("special", "losses", "taps"):
             object.__setattr__(self, name, tuple(Part.of(part) for part in getattr(self, name)))

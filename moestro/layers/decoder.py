@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from moestro.core.errors import InputError
 from moestro.core.routing import RouteContext, Routing
@@ -21,41 +20,6 @@ from moestro.layers.config import MoEConfig
 from moestro.layers.experts import ExpertBank, Joined, Shared, down_std, spec_at
 from moestro.layers.router import StagedRouter
 from moestro.layers.site import Site
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions."""
-
-    def __init__(self, config: MoEConfig) -> None:
-        super().__init__()
-        self.config = config
-        d, h, kv, w = config.d_model, config.heads, config.key_heads, config.head_width
-        self.q_proj = nn.Linear(d, h * w, bias=False)
-        self.k_proj = nn.Linear(d, kv * w, bias=False)
-        self.v_proj = nn.Linear(d, kv * w, bias=False)
-        self.o_proj = nn.Linear(h * w, d, bias=False)
-        if config.qk_norm != "none":
-            full = config.qk_norm == "full"
-            self.q_norm = nn.RMSNorm(h * w if full else w, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(kv * w if full else w, eps=config.norm_eps)
-        for linear in (self.q_proj, self.k_proj, self.v_proj):
-            nn.init.normal_(linear.weight, std=config.init_std)
-        nn.init.normal_(self.o_proj.weight, std=config.init_std / (2 * config.layers) ** 0.5)
-
-    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        b, t, _ = x_BTD.shape
-        width, norm = self.config.head_width, self.config.qk_norm
-        q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
-        if norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (part.view(b, t, -1, width) for part in (q, k, v))
-        if norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v.to(q.dtype)))
-        grouped = self.config.heads != self.config.key_heads
-        y = functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
-        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
 
 
 class DecoderLayer(nn.Module):
@@ -164,7 +128,7 @@ def decoder_layers(
     config: MoEConfig,
     *,
     block: Callable[[Site], nn.Module] | None = None,
-    mixer: Callable[[MoEConfig], nn.Module] = Attention,
+    mixer: Callable[[MoEConfig], nn.Module] | None = None,
     pool: dict[str, nn.Module] | None = None,
 ) -> list[nn.Module]:
     """The layers that a configuration asks for; an architecture may put in another block or mixer."""
@@ -177,7 +141,7 @@ def decoder_layers(
         else:
             site = site_of(config, config.moe_layers.index(i), pool)
             inner = block(site) if block else config.block.make("block", site)
-        made.append(DecoderLayer(config, mixer(config), inner))
+        made.append(DecoderLayer(config, mixer(config) if mixer else config.mixer.make("mixer", config), inner))
     return made
 
 

@@ -1,4 +1,4 @@
-"""Laws of every loss, tap, bank, block and architecture of the catalogue, each inside a tiny model."""
+"""Laws of every loss, tap, bank, mixer, block and architecture of the catalogue, each inside a tiny model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from moestro.layers.decoder import build, site_of
 from tests.laws.cards import cards
 
 CONFIG = MoEConfig(vocabulary=32, d_model=16, layers=2, heads=2, num_experts=8, top_k=2, d_expert=16, init_std=0.3)
-PLACES = {"losses": "loss", "taps": "tap", "banks": "experts", "blocks": "block", "architectures": "architecture"}
+PLACES = {
+    "mixers": "mixer",
+    "losses": "loss",
+    "taps": "tap",
+    "banks": "experts",
+    "blocks": "block",
+    "architectures": "architecture",
+}
 CARDS = {card.name: card for place, kind in PLACES.items() for card in cards(f"moestro.layers.{place}", kind)}
 BANKS = [name for name, card in CARDS.items() if card.kind == "experts"]
 
