@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 
 from moestro.core.experts import ExpertKey
-from moestro.engine.store import ExpertStore, arrived
+from moestro.engine.store import ExpertStore, Views, arrived
 from moestro.engine.table import Moment, Placement, SlotTable
 from moestro.kernels.ffn import ExpertView
 from moestro.kernels.reader import Reader, aligned
@@ -31,12 +31,17 @@ class Lease:
 
     def batches(self) -> Iterator[list[tuple[ExpertKey, ExpertView]]]:
         """As `ready`, but all that are there at a time together: computing several at once keeps every core busy."""
-        cache = self.cache
-        here = [(p.key, cache.views[p.key]) for p in self.placements if p.key in cache.views]
+        cache, views = self.cache, self.cache.views
+        here, waiting = [], []
+        for placement in self.placements:
+            key = placement.key
+            if (view := views.get(key)) is not None:
+                here.append((key, view))
+            else:
+                waiting.append((cache.tickets[key], key))
         if here:
             yield here
-        known = {key for key, _ in here}
-        waiting = sorted((cache.tickets[p.key], p.key) for p in self.placements if p.key not in known)
+        waiting.sort()
         while waiting:
             landed = [(waiting[0][1], cache.land(waiting[0][1]))]
             for _, key in waiting[1:]:
@@ -59,7 +64,9 @@ class ExpertCache:
         self.views: dict[ExpertKey, ExpertView] = {}
         self.tickets: dict[ExpertKey, int] = {}
         self._bytes = {True: 0, False: 0}
-        self._failed: set[ExpertKey] = set()
+        self._torn = False  # an error broke off what belongs together: some residents may have no bytes
+        self._landing: dict[int, int] = {}  # slots that a read nobody wants any more is still filling, and its ticket
+        self._made: dict[int, Views] = {}  # of each slot
         self._pool = aligned(sum(table.slots) * store.slot_bytes)
 
     @property
@@ -98,33 +105,54 @@ class ExpertCache:
         waves = self.table.waves(keys, moment)
         try:
             for wave in waves:
+                for key, slot in wave.withdrawn:
+                    self._leave(key, slot)
                 self.fetch(wave.placements, moment)
                 yield Lease(self, wave.placements, wave.last)
-        except BaseException:
+        except BaseException as error:
             waves.close()  # type: ignore[attr-defined]
-            self._sweep()
+            if self._torn or not isinstance(error, GeneratorExit):
+                self._sweep()
             raise
 
     def fetch(self, placements: Iterable[Placement], moment: Moment, *, urgent: bool = True) -> None:
         """Start the reads of what the table has placed; a prefetch that is now needed becomes urgent."""
+        try:
+            self._fetch(placements, moment, urgent)
+        except BaseException:
+            self._torn = True
+            raise
+
+    def _fetch(self, placements: Iterable[Placement], moment: Moment, urgent: bool) -> None:
+        late: list[Placement] = []
         for p in placements:
             if p.hit:
-                if urgent and (ticket := self.tickets.get(p.key)) is not None:
+                if urgent and p.prefetched and (ticket := self.tickets.get(p.key)) is not None:
                     self.reader.promote(ticket)
                 continue
             if p.evicted is not None:
-                self._evict(p.evicted)
-            reads = self.store.reads(p.key, self.slot(p.slot))
-            self.tickets[p.key] = self.reader.submit(reads, urgent=urgent)
-            self._bytes[moment.prefill] += sum(r.nbytes for r in reads)
+                self._leave(p.evicted, p.slot)
+            if p.slot in self._landing:
+                late.append(p)  # all other reads are started before this one has to wait
+            else:
+                self._read(p, moment, urgent)
+        for p in late:
+            with contextlib.suppress(OSError, EOFError):  # nobody asks for those bytes any more
+                self.reader.wait(self._landing.pop(p.slot))
+            self._read(p, moment, urgent)
 
-    def _evict(self, key: ExpertKey) -> None:
-        """Let go of an expert whose slot gets other bytes; a read still on its way there has to end first."""
+    def _read(self, placement: Placement, moment: Moment, urgent: bool) -> None:
+        reads = self.store.reads(placement.key, self.slot(placement.slot))
+        self.tickets[placement.key] = self.reader.submit(reads, urgent=urgent)
+        self._bytes[moment.prefill] += sum(r.nbytes for r in reads)
+
+    def _leave(self, key: ExpertKey, slot: int) -> None:
+        """Let go of an expert whose slot is free for other bytes; what has not been read of it never is."""
         self.views.pop(key, None)
-        self._failed.discard(key)
         if (ticket := self.tickets.pop(key, None)) is not None:
-            with contextlib.suppress(OSError, EOFError):  # nobody asks for it any more
-                self.reader.wait(ticket)
+            self.reader.cancel(ticket)
+            if not self.reader.done(ticket):
+                self._landing[slot] = ticket
 
     def landed(self, key: ExpertKey) -> bool:
         """Whether an expert's bytes are there."""
@@ -138,9 +166,9 @@ class ExpertCache:
         assert number is not None, f"{key} has no slot"
         try:
             arrived(self.reader, self.tickets[key], key)
-            view = self.store.finish(key, self.slot(number))
+            view = self.store.finish(key, self.slot(number), self._made.setdefault(number, {}))
         except Exception:
-            self._failed.add(key)
+            self._torn = True
             del self.tickets[key]
             raise
         del self.tickets[key]
@@ -148,17 +176,24 @@ class ExpertCache:
         return view
 
     def _sweep(self) -> None:
-        """After an error: what failed, or was placed but never read, is no resident."""
+        """After an error: what failed, or was placed but never read, is no resident; what is no resident is forgotten."""
         for key in self.table.residents():
-            if key in self._failed or (key not in self.views and key not in self.tickets):
+            if key not in self.views and key not in self.tickets:
                 self.table.drop(key)
-        self._failed.clear()
+        for key in [key for key in (*self.views, *self.tickets) if key not in self.table]:
+            self.views.pop(key, None)
+            if (ticket := self.tickets.pop(key, None)) is not None:
+                self.reader.cancel(ticket)
+                with contextlib.suppress(OSError, EOFError, ValueError):
+                    self.reader.wait(ticket)
+        self._torn = False
 
     def drain(self) -> None:
         """Wait for every read on its way, as before the slots go."""
-        for ticket in self.tickets.values():
+        for ticket in (*self.tickets.values(), *self._landing.values()):
             with contextlib.suppress(OSError, EOFError, ValueError):
                 self.reader.wait(ticket)
+        self._landing.clear()
         self.tickets = {key: ticket for key, ticket in self.tickets.items() if key in self.table}
 
     def reset(self) -> None:

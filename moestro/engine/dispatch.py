@@ -1,11 +1,13 @@
 """Runs one MoE layer's experts on a routed batch, whatever is in memory: waves of experts, each as large as the cache allows.
 
+The reads of what is missing start before anything else; what is there computes first, then each expert as it lands.
 The result depends on the routing alone: every pair's output row is computed on its own and the rows of a token are added in
 slot order, so that hits, misses, waves and slots change no bit. Shapes: T tokens, K slots, D model width, N routed pairs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 
 import numpy as np
@@ -18,7 +20,7 @@ from moestro.engine.prefetch import Glimpse, Prefetcher
 from moestro.engine.table import Moment, needed
 from moestro.kernels.combine import combine
 from moestro.kernels.ffn import ExpertView, grouped_ffn
-from moestro.kernels.permute import Sorted, sort_pairs
+from moestro.kernels.permute import sort_pairs
 
 
 class Dispatch:
@@ -36,6 +38,7 @@ class Dispatch:
         weights_TK: np.ndarray,
         moment: Moment,
         glimpse: Glimpse | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> np.ndarray:
         """y_TD: float32, the weighted sum of the outputs of MoE layer moment.layer's routed experts.
 
@@ -44,55 +47,80 @@ class Dispatch:
             experts_TK: int64; empty slots (-1) are skipped; see `demanded`.
             weights_TK: float32.
             glimpse: what may be known of the next layer, for the predictor.
+            meanwhile: something else to compute, called when the first reads have been started.
         """
-        facts = self.layers[moment.layer]
-        pairs = sort_pairs(experts_TK, weights_TK, facts.num_experts)
-        out_ND = np.empty((pairs.token_N.shape[0], facts.spec.d_model), np.float32)
-        keys = needed(moment.layer, experts_TK)
-        ahead = self.cache.table.room(moment.layer) > 1  # with one slot the next wave needs it
-        with closing(self.cache.waves(keys, moment)) as leases:
+        facts, cache = self.layers[moment.layer], self.cache
+        ahead = cache.table.room(moment.layer) > 1  # with one slot the next wave needs it
+        with closing(cache.waves(needed(moment.layer, experts_TK), moment)) as leases:
             lease = next(leases)
+            work = _Work(facts, x_TD, experts_TK, weights_TK, self.threads)
             while True:
                 if lease.last and self.prefetcher is not None:
-                    placements = self.prefetcher.routed(experts_TK, moment, glimpse)
-                    self.cache.fetch(placements, moment, urgent=False)
+                    cache.fetch(self.prefetcher.routed(experts_TK, moment, glimpse), moment, urgent=False)
                 following = next(leases) if ahead and not lease.last else None
+                if meanwhile is not None:
+                    meanwhile()
+                    meanwhile = None
                 for batch in lease.batches():
-                    self._compute(facts, x_TD, pairs, batch, out_ND)
+                    work.add(batch)
                 if lease.last:
-                    break
+                    return work.sum()
                 lease = following or next(leases)
-        weight_N = np.ones_like(pairs.weight_N) if facts.spec.weigh_input else pairs.weight_N
-        y_TD = np.empty((x_TD.shape[0], facts.spec.d_model), np.float32)
-        combine(out_ND, pairs.token_N, pairs.slot_N, weight_N, y_TD)
-        return y_TD
 
-    def _compute(
-        self, facts: LayerFacts, x_TD: np.ndarray, pairs: Sorted, batch: list[tuple[ExpertKey, ExpertView]], out_ND: np.ndarray
-    ) -> None:
-        """The rows of out_ND that belong to these experts: neighbours in one call, straight into their place."""
-        batch = sorted(batch, key=lambda item: item[0].expert)
-        ranges = [(int(pairs.starts_E1[k.expert]), int(pairs.starts_E1[k.expert + 1])) for k, _ in batch]
-        start, stop = ranges[0][0], ranges[-1][1]
-        together = stop - start == sum(b - a for a, b in ranges)
-        rows = slice(start, stop) if together else np.concatenate([np.arange(a, b) for a, b in ranges])
-        token_N = pairs.token_N[rows]
-        target = out_ND[start:stop] if together else np.empty((token_N.shape[0], out_ND.shape[1]), np.float32)
-        spec = facts.spec
+
+class _Work:
+    """The pairs of one layer and pass, sorted by expert. Their output rows lie in the order in which the experts came."""
+
+    def __init__(self, facts: LayerFacts, x_TD: np.ndarray, experts_TK: np.ndarray, weights_TK: np.ndarray, threads: int) -> None:
+        self.facts, self.x_TD, self.threads = facts, x_TD, threads
+        self.pairs = sort_pairs(experts_TK, weights_TK, facts.num_experts)
+        self.starts = self.pairs.starts_E1.tolist()
+        self.out_ND = np.empty((len(self.pairs.token_N), facts.spec.d_model), np.float32)
+        self.done = 0
+        self.came: list[slice] = []
+
+    def add(self, batch: list[tuple[ExpertKey, ExpertView]]) -> None:
+        """Compute these experts' rows, in one call."""
+        starts, spec = self.starts, self.facts.spec
+        batch.sort(key=_by_expert)
+        begin, ends, came = self.done, [0], []
+        for key, _ in batch:
+            first, stop = starts[key.expert], starts[key.expert + 1]
+            ends.append(ends[-1] + stop - first)
+            if came and came[-1].stop == first:
+                first = came.pop().start
+            came.append(slice(first, stop))
+        self.came += came
+        self.done += ends[-1]
         grouped_ffn(
-            x_TD,
-            token_N,
-            np.cumsum([0, *(b - a for a, b in ranges)], dtype=np.int64),
+            self.x_TD,
+            _picked(self.pairs.token_N, came),
+            np.array(ends),
             [view for _, view in batch],
             activation=spec.activation,
             limit=spec.limit,
             alpha=spec.alpha,
-            out_ND=target,
+            out_ND=self.out_ND[begin : self.done],
             threads=self.threads,
-            input_weight_N=pairs.weight_N[rows] if spec.weigh_input else None,
+            input_weight_N=_picked(self.pairs.weight_N, came) if spec.weigh_input else None,
         )
-        if not together:
-            out_ND[rows] = target
+
+    def sum(self) -> np.ndarray:
+        """y_TD, when every expert has come."""
+        token_N, slot_N, weight_N = (
+            _picked(part, self.came) for part in (self.pairs.token_N, self.pairs.slot_N, self.pairs.weight_N)
+        )
+        y_TD = np.empty((len(self.x_TD), self.out_ND.shape[1]), np.float32)
+        combine(self.out_ND, token_N, slot_N, np.ones_like(weight_N) if self.facts.spec.weigh_input else weight_N, y_TD)
+        return y_TD
+
+
+def _picked(part_N: np.ndarray, came: list[slice]) -> np.ndarray:
+    return part_N[came[0]] if len(came) == 1 else np.concatenate([part_N[some] for some in came] or [part_N])
+
+
+def _by_expert(item: tuple[ExpertKey, ExpertView]) -> int:
+    return item[0].expert
 
 
 def demanded(experts_TK: np.ndarray, weights_TK: np.ndarray) -> np.ndarray:

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from moestro.core.errors import InputError, PlanError
+from moestro.core.experts import ExpertKey, ExpertWeights
 from moestro.core.layer import LayerRecord, ModelFacts, RunnerOutput
 from moestro.core.plans.residency import ResidencyPlan
 from moestro.core.routing import Routing
@@ -26,7 +27,7 @@ from moestro.engine.prefetch import Glimpse, Prefetcher
 from moestro.engine.recorder import Recorder
 from moestro.engine.replay import NONE, eviction_factory, make_predictor
 from moestro.engine.sample import SamplingParams
-from moestro.engine.store import ExpertStore, PackedStore, SourceStore
+from moestro.engine.store import ExpertStore, PackedStore, SourceStore, load
 from moestro.engine.table import Moment, SlotTable
 from moestro.engine.trunk import State, TransformersTrunk, Trunk, has_recurrent_states
 from moestro.kernels.native import cores
@@ -204,7 +205,13 @@ class Engine:
     # Passes
 
     def _seam(
-        self, ordinal: int, x_TD: np.ndarray, experts_TK: np.ndarray, weights_TK: np.ndarray, valid_T: np.ndarray | None
+        self,
+        ordinal: int,
+        x_TD: np.ndarray,
+        experts_TK: np.ndarray,
+        weights_TK: np.ndarray,
+        valid_T: np.ndarray | None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> np.ndarray:
         if self.stop.is_set():
             raise KeyboardInterrupt
@@ -217,9 +224,9 @@ class Engine:
             return y_TD
         experts_TK = demanded(experts_TK, weights_TK)
         moment = Moment(self._step, ordinal, self._prefilling)
+        y_TD = self.dispatch.run(x_TD, experts_TK, weights_TK, moment, self._glimpse(ordinal, x_TD), meanwhile)
         if self.recorder is not None:
             self.recorder.layer(ordinal, experts_TK, weights_TK)
-        y_TD = self.dispatch.run(x_TD, experts_TK, weights_TK, moment, self._glimpse(ordinal, x_TD))
         if self._watched:
             seen = (experts_TK.copy(), weights_TK.copy())
             self._records.append((*seen, x_TD.copy(), y_TD) if self._inputs else seen)
@@ -334,6 +341,15 @@ class Engine:
                 experts, weights, *xy = (np.concatenate(part) for part in zip(*records[ordinal::layers], strict=True))
                 found.append(LayerRecord(ordinal, Routing(experts, weights), *xy))
             yield RunnerOutput(np.concatenate(logits), tuple(found))
+
+    def weights(self, key: ExpertKey) -> ExpertWeights:
+        """One expert as it is computed with, float32 (core ExpertAccess). Read anew when it is not in memory; counts as no demand."""
+        view = self.cache.views.get(key)
+        if view is None:
+            view, _ = load(self.store, self.reader, key)
+        dense = (None if m is None else np.array(m.dequantise()) for m in (view.gate, view.up, view.down))
+        biases = (None if b is None else b.copy() for b in (view.gate_bias, view.up_bias, view.down_bias))
+        return ExpertWeights(*dense, *biases)  # type: ignore[arg-type]
 
     def trace(self) -> Trace:
         """What has been routed since the engine was opened. Raises InputError when it was opened without trace=True."""

@@ -7,6 +7,7 @@ Shapes: B sequences, T tokens of one pass, N valid rows of it, D model width, V 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -203,26 +204,28 @@ class NativeTrunk:
 
     def _feed_forward(self, layer: _Layer, x_ND: np.ndarray, step: Step, out_ND: np.ndarray) -> np.ndarray:
         """The dense MLP, or routed experts and what every token passes. The seam's own result is left as it is."""
-        rows = len(x_ND)
-        if layer.mlp is not None:
-            ends = np.array([0, rows], np.int64)
-            activation = self.decoder.activation
-            grouped_ffn(
-                x_ND, np.arange(rows), ends, [layer.mlp], activation=activation, limit=0.0, alpha=1.0, out_ND=out_ND,
-                threads=step.threads,
-            )  # fmt: skip
-        if layer.router is None:
+        router = layer.router
+        if router is None:
+            self._dense(layer, x_ND, step, out_ND)
             return out_ND
+        logits_NE = router.logits(x_ND, step.scratch.take("logits", len(x_ND), router.weight.rows), step.threads)
+        ids_NK, weights_NK = route(logits_NE, router.facts, router.choice)
+        if layer.mlp is None:
+            return self.seam(router.facts.ordinal, x_ND, ids_NK, weights_NK, None)
+        meanwhile = partial(self._dense, layer, x_ND, step, out_ND)
+        out_ND += self.seam(router.facts.ordinal, x_ND, ids_NK, weights_NK, None, meanwhile)
+        return out_ND
+
+    def _dense(self, layer: _Layer, x_ND: np.ndarray, step: Step, out_ND: np.ndarray) -> None:
+        """out_ND: the MLP that every row passes, times its gate if it has one."""
+        assert layer.mlp is not None
+        rows = len(x_ND)
+        grouped_ffn(
+            x_ND, np.arange(rows), np.array([0, rows]), [layer.mlp], activation=self.decoder.activation, out_ND=out_ND,
+            threads=step.threads,
+        )  # fmt: skip
         if layer.mlp_gate is not None:
             out_ND *= sigmoid(linear(x_ND, layer.mlp_gate[0], bias_R=layer.mlp_gate[1], threads=1))
-        router = layer.router
-        logits_NE = router.logits(x_ND, step.scratch.take("logits", rows, router.weight.rows), step.threads)
-        ids_NK, weights_NK = route(logits_NE, router.facts, router.choice)
-        routed_ND = self.seam(router.facts.ordinal, x_ND, ids_NK, weights_NK, None)
-        if layer.mlp is None:
-            return routed_ND
-        out_ND += routed_ND
-        return out_ND
 
     def _rest(self) -> None:
         """A pass of padding alone: every layer's seam is told that nothing is demanded."""

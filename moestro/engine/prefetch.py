@@ -16,6 +16,9 @@ from moestro.core.experts import ExpertKey
 from moestro.core.routing import Array
 from moestro.engine.table import Moment, Placement, SlotTable
 
+# A guess is read while at least this share of its like was right: about where the disk time lost equals the waiting saved.
+TRUST, RATE = 0.6, 1 / 32
+
 
 @dataclass(frozen=True, slots=True)
 class Glimpse:
@@ -59,16 +62,23 @@ class Predictor(Protocol):
 
 
 class Prefetcher:
-    """Joins a predictor to a slot table.
+    """Joins a predictor to a slot table, and believes it as far as it has lately been right.
+
+    Only guesses of experts that are not in memory count, whether they were read or not: `belief` is a running share, per rank
+    and per layer, of those that the layer then asked for. A guess is read while both are at least `trust`. A wrong one costs
+    idle time of the disk, for the table lets go of it as soon as its layer is routed and the reader drops what it has not begun.
 
     Args:
         predictor: who guesses.
         table: where the guesses get slots.
-        width: how many of the best guesses to ask for per layer; 0 switches prefetching off.
+        width: how many of the best guesses to look at per layer; 0 switches prefetching off.
+        trust: 0 believes everything.
     """
 
-    def __init__(self, predictor: Predictor, table: SlotTable, width: int) -> None:
-        self.predictor, self.table, self.width = predictor, table, width
+    def __init__(self, predictor: Predictor, table: SlotTable, width: int, trust: float = TRUST) -> None:
+        self.predictor, self.table, self.width, self.trust = predictor, table, width, trust
+        self._beliefs = tuple(_Belief(width, table.layers, trust) for _ in range(2))
+        self._guessed: list[tuple[int, int]] = []  # (rank, expert) of the layer to come that were not in memory
 
     def routed(self, experts_TK: Array, moment: Moment, glimpse: Glimpse | None = None) -> list[Placement]:
         """To be called once per layer and pass: its routing is known, its last wave has been placed, its compute has not begun.
@@ -77,7 +87,28 @@ class Prefetcher:
         """
         if not self.width:
             return []
-        self.predictor.observe(moment.layer, experts_TK, moment)
-        following = (moment.layer + 1) % self.table.layers
-        guesses = self.predictor.predict(following, glimpse if following else None)[: self.width]
-        return self.table.hint([ExpertKey(following, e) for e in guesses], moment) if guesses else []
+        layer, belief = moment.layer, self._beliefs[moment.prefill]
+        if self._guessed:
+            belief.learn(layer, self._guessed, set(experts_TK.reshape(-1).tolist()))
+        self.predictor.observe(layer, experts_TK, moment)
+        following = (layer + 1) % self.table.layers
+        ranking = self.predictor.predict(following, glimpse if following else None)[: self.width]
+        self._guessed = [(rank, e) for rank, e in enumerate(ranking) if (following, e) not in self.table]
+        trusted = [ExpertKey(following, e) for rank, e in self._guessed if belief.of(following, rank) >= self.trust]
+        return self.table.hint(trusted, moment, keep=[ExpertKey(following, e) for e in ranking]) if trusted else []
+
+
+class _Belief:
+    """Running shares of right guesses by rank and by layer, from `start`."""
+
+    def __init__(self, ranks: int, layers: int, start: float) -> None:
+        self._ranks, self._layers = [start] * ranks, [start] * layers
+
+    def of(self, layer: int, rank: int) -> float:
+        return min(self._layers[layer], self._ranks[rank])
+
+    def learn(self, layer: int, guessed: list[tuple[int, int]], used: set[int]) -> None:
+        for rank, expert in guessed:
+            right = expert in used
+            self._ranks[rank] += RATE * (right - self._ranks[rank])
+            self._layers[layer] += RATE * (right - self._layers[layer])

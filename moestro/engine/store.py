@@ -37,6 +37,9 @@ def pages(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE
 
 
+Views = dict[int, ExpertView]
+
+
 @runtime_checkable
 class ExpertStore(Protocol):
     """The experts of a model on disk.
@@ -65,13 +68,25 @@ class ExpertStore(Protocol):
         """The reads that fill `slot` (uint8 [slot_bytes], page-aligned) with this expert."""
         ...
 
-    def finish(self, key: ExpertKey, slot: np.ndarray) -> ExpertView:
-        """The runnable expert in a filled slot, valid as long as the slot's bytes are. Raises CheckpointError when they are damaged."""
+    def finish(self, key: ExpertKey, slot: np.ndarray, made: Views | None = None) -> ExpertView:
+        """The runnable expert in a filled slot, valid as long as the slot's bytes are. Raises CheckpointError when they are damaged.
+
+        made: views of this slot to be used again for experts that lie in it in the same way, and filled here.
+        """
         ...
 
     def check(self) -> None:
         """Raises CheckpointError when the files changed since they were opened."""
         ...
+
+
+class _Place(NamedTuple):
+    """Where one expert lies in the files and in its slot. form: equal for experts whose views differ in nothing but the slot."""
+
+    parts: tuple[Part, ...]
+    runs: list[Run]
+    places: list[int]
+    form: int
 
 
 class Run(NamedTuple):
@@ -139,6 +154,8 @@ class SourceStore:
         self.checkpoint, self.layout = checkpoint, layout
         self._records: list[Record | None] = []
         self._checked: set[ExpertKey] = set()
+        self._places: dict[ExpertKey, _Place] = {}
+        self._forms: dict[tuple[Any, ...], int] = {}
         self._files: dict[Path, int] = {}
         size, self.extra_bytes = 0, 0
         for layer in layout.facts.layers:
@@ -165,13 +182,25 @@ class SourceStore:
     def check(self) -> None:
         self.checkpoint.unchanged()
 
-    def reads(self, key: ExpertKey, slot: np.ndarray) -> list[Read]:
-        found, _, _ = runs(self.layout.parts(key))
-        return [Read(self._files[r.file], r.start, r.nbytes, slot[r.at : r.at + r.nbytes]) for r in found]
+    def _place(self, key: ExpertKey) -> _Place:
+        found = self._places.get(key)
+        if found is None:
+            parts = self.layout.parts(key)
+            found_runs, places, _ = runs(parts)
+            looks = tuple(
+                (at, p.role, p.dtype, p.shape, p.transposed, p.interleaved) for at, p in zip(places, parts, strict=True)
+            )
+            form = self._forms.setdefault(looks, len(self._forms))
+            found = self._places[key] = _Place(parts, found_runs, places, form)
+        return found
 
-    def finish(self, key: ExpertKey, slot: np.ndarray) -> ExpertView:
-        parts = self.layout.parts(key)
-        _, places, _ = runs(parts)
+    def reads(self, key: ExpertKey, slot: np.ndarray) -> list[Read]:
+        return [Read(self._files[r.file], r.start, r.nbytes, slot[r.at : r.at + r.nbytes]) for r in self._place(key).runs]
+
+    def finish(self, key: ExpertKey, slot: np.ndarray, made: Views | None = None) -> ExpertView:
+        parts, _, places, form = self._place(key)
+        if made is not None and key in self._checked and (again := made.get(form)) is not None:
+            return again
         found = view(parts, [slot[at : at + part.nbytes] for part, at in zip(parts, places, strict=True)])
         if key not in self._checked:
             self._check_values(key, parts, found)
@@ -181,6 +210,8 @@ class SourceStore:
             return record.view(slot)
         if self.layout.facts.layers[key.layer].spec.bias:
             return _biases_inside(found, slot)
+        if made is not None:
+            made[form] = found
         return found
 
     def _check_values(self, key: ExpertKey, parts: Sequence[Part], found: ExpertView) -> None:
@@ -250,6 +281,7 @@ class PackedStore:
             )
         self.codec, self.lossy = str(header["codec"]), bool(header["lossy"])
         self.records = [Record.of(la.spec, parse_codec(name)) for la, name in zip(facts.layers, header["layers"], strict=True)]
+        self._forms = [self.records.index(record) for record in self.records]
         self.places = [[(int(at), int(crc)) for at, crc in layer] for layer in header["records"]]
         self.file = self.folder / header["file"]
         self.slot_bytes = max(record.nbytes for record in self.records)
@@ -292,7 +324,7 @@ class PackedStore:
         nbytes = self.records[key.layer].nbytes
         return [Read(self._index, self.places[key.layer][key.expert][0], nbytes, slot[:nbytes])]
 
-    def finish(self, key: ExpertKey, slot: np.ndarray) -> ExpertView:
+    def finish(self, key: ExpertKey, slot: np.ndarray, made: Views | None = None) -> ExpertView:
         record = self.records[key.layer]
         if key not in self._checked:
             if zlib.crc32(slot[: record.nbytes].data) != self.places[key.layer][key.expert][1]:
@@ -302,7 +334,10 @@ class PackedStore:
                     fix="pack the experts again with `moestro apply`",
                 )
             self._checked.add(key)
-        return record.view(slot)
+        if made is None:
+            return record.view(slot)
+        form = self._forms[key.layer]
+        return made.get(form) or made.setdefault(form, record.view(slot))
 
 
 def read_header(folder: Path) -> dict[str, Any]:

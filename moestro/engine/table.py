@@ -40,10 +40,14 @@ class Placement(NamedTuple):
 
 
 class Wave(NamedTuple):
-    """A part of a demand that is resident and leased together. last: no further wave follows."""
+    """A part of a demand that is resident and leased together. last: no further wave follows.
+
+    withdrawn: (key, slot) of wrong guesses, which have left; given with the first wave.
+    """
 
     placements: list[Placement]
     last: bool
+    withdrawn: Sequence[tuple[ExpertKey, int]] = ()
 
 
 @runtime_checkable
@@ -79,7 +83,7 @@ class Counts:
     """What happened. demands = hits + misses, in experts; one expert counts once per layer and forward pass.
 
     hits: demanded and resident, with those a hint had placed. prefetch_issued: placed by hints; prefetch_used: of these,
-    demanded before they were evicted; prefetch_wasted: evicted without having been demanded (the rest is still waiting).
+    demanded before they left; prefetch_wasted: left without having been demanded (the rest is still waiting).
     """
 
     demands: int = 0
@@ -168,7 +172,7 @@ class SlotTable:
         self._pools = pools * layers if scope == "global" else pools
         self._slot: dict[ExpertKey, int] = {}
         self._leases: dict[ExpertKey, int] = {}
-        self._waiting: set[ExpertKey] = set()  # placed by a hint, not demanded yet
+        self._waiting: dict[ExpertKey, None] = {}  # placed by a hint, not demanded yet; in the order of the hints
         self._current: Sequence[ExpertKey] = ()  # the latest demand
         self._counts = tuple([Counts() for _ in range(layers)] for _ in range(2))
 
@@ -227,14 +231,17 @@ class SlotTable:
         takes half of the room: a wave stays leased until the one *after* the next is asked for. So a caller can start
         reading wave i + 1, compute wave i meanwhile, and then ask on. (With room for one expert only, a wave is released as
         soon as the next is asked for.) The end of the iteration, or closing it, releases everything.
+
+        A guess for this layer that is not among `keys` was wrong: it leaves first, so that it costs a slot for one layer only.
         """
         keys = list(dict.fromkeys(keys))
+        withdrawn = self._withdraw(keys, moment) if self._waiting else ()
         loose = len(keys) - sum(key in self.pinned for key in keys) if self.pinned else len(keys)
         room = self.room(moment.layer)
         if loose <= room:
             placements = self.demand(keys, moment)
             try:
-                yield Wave(placements, True)
+                yield Wave(placements, True, withdrawn)
             finally:
                 self.release(keys)
             return
@@ -252,7 +259,7 @@ class SlotTable:
                 while len(held) > (room > 1):
                     self.release(held.pop(0))
                 held.append(ordered[start:stop])
-                yield Wave(self._lease(held[-1], held[-1], moment), stop == len(keys))
+                yield Wave(self._lease(held[-1], held[-1], moment), stop == len(keys), withdrawn if start == 0 else ())
         finally:
             for part in held:
                 self.release(part)
@@ -268,12 +275,14 @@ class SlotTable:
             if key not in pinned:
                 self._pools[key[0]].leased -= 1
 
-    def hint(self, keys: Iterable[ExpertKey], moment: Moment, *, spare_current: bool = True) -> list[Placement]:
+    def hint(
+        self, keys: Iterable[ExpertKey], moment: Moment, *, keep: Iterable[ExpertKey] = (), spare_current: bool = True
+    ) -> list[Placement]:
         """Give slots to those of `keys` that are not resident, best first, as far as slots can be had without a lease.
 
-        Never evicts a leased key, another key of this hint nor, with `spare_current`, a key of the latest demand. `moment` is
-        where the run stands, not when the keys are needed. Returns the placements to be read, none for resident keys; what
-        cannot be placed is left out.
+        Never evicts a leased key, another key of this hint, one of `keep` nor, with `spare_current`, a key of the latest
+        demand. `moment` is where the run stands, not when the keys are needed. Returns the placements to be read, none for
+        resident keys; what cannot be placed is left out.
         """
         wanted = list(dict.fromkeys(keys))
         slot = self._slot
@@ -291,7 +300,7 @@ class SlotTable:
                 if not pool.free:
                     if asked is not pool:
                         asked = pool
-                        busy = busy or {*self._leases, *wanted, *(self._current if spare_current else ())}
+                        busy = busy or {*self._leases, *wanted, *keep, *(self._current if spare_current else ())}
                         taken = sum(1 for k in busy if k in slot and k not in self.pinned and self._pools[k[0]] is pool)
                     if taken >= pool.capacity:
                         continue
@@ -300,7 +309,7 @@ class SlotTable:
                 place = pool.free.pop()
                 pool.policy.insert(key, moment, False)
             slot[key] = place
-            self._waiting.add(key)
+            self._waiting[key] = None
             self._counts[moment.prefill][key[0]].prefetch_issued += 1
             placements.append(Placement(key, place, False, evicted))
         return placements
@@ -309,11 +318,20 @@ class SlotTable:
         """Forget a resident key that is not leased, as when reading it failed. Not counted as an eviction."""
         assert key not in self._leases, f"{key} is in use"
         place = self._slot.pop(key)
-        self._waiting.discard(key)
+        self._waiting.pop(key, None)
         if key not in self.pinned:
             pool = self._pools[key.layer]
             pool.policy.remove(key)
             pool.free.append(place)
+
+    def _withdraw(self, keys: Sequence[ExpertKey], moment: Moment) -> list[tuple[ExpertKey, int]]:
+        """The layer of `moment` demands `keys`: what was only guessed for it leaves, unless it is pinned."""
+        out = []
+        for key in [k for k in self._waiting if k[0] == moment.layer and k not in keys and k not in self.pinned]:
+            out.append((key, self._slot[key]))
+            self._counts[moment.prefill][moment.layer].prefetch_wasted += 1
+            self.drop(key)
+        return out
 
     def _evict(self, pool: _Pool, busy: Container[ExpertKey], moment: Moment, incoming: ExpertKey) -> ExpertKey:
         out = pool.policy.victim(busy, moment, incoming)
@@ -322,7 +340,7 @@ class SlotTable:
         counts = self._counts[moment.prefill]
         counts[moment.layer].evictions += 1
         if out in self._waiting:
-            self._waiting.discard(out)
+            del self._waiting[out]
             counts[out[0]].prefetch_wasted += 1
         return out
 
@@ -348,7 +366,7 @@ class SlotTable:
             if place is not None:
                 first = key in waiting
                 if first:
-                    waiting.discard(key)
+                    del waiting[key]
                     counts.prefetch_used += 1
                 placements.append(Placement(key, place, True, None, first))
                 continue

@@ -21,8 +21,9 @@ from moestro.models.layout import Layout
 if TYPE_CHECKING:
     import torch
 
-# fn(ordinal, x_TD float32, experts_TK int64, weights_TK float32, valid_T bool or None) -> y_TD float32
-Seam = Callable[[int, np.ndarray, np.ndarray, np.ndarray, "np.ndarray | None"], np.ndarray]
+# fn(ordinal, x_TD float32, experts_TK int64, weights_TK float32, valid_T bool or None, meanwhile) -> y_TD float32. The native
+# trunk gives `meanwhile`, what else the layer computes: it is called once, when reads of missing experts are on their way.
+Seam = Callable[..., np.ndarray]
 
 
 @dataclass(slots=True)

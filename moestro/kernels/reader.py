@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moestro.kernels import native
-from moestro.kernels.reader_threads import PIECE, Queue
+from moestro.kernels.reader_threads import LATER_PIECE, PIECE, Queue
 
 BLOCK = 4096
 READERS = 2  # reads in flight that keep one disk busy: deeper queues gain nothing and lengthen the wait for the first
@@ -50,7 +50,7 @@ class Reader:
     def __init__(self, threads: int = 1, direct: bool = True) -> None:
         assert threads >= 1
         module = native.extension()
-        self._queue: Any = Queue(threads, direct) if module is None else module.Queue(threads, direct, PIECE)
+        self._queue: Any = Queue(threads, direct) if module is None else module.Queue(threads, direct, PIECE, LATER_PIECE)
         self._sizes: list[int] = []
         self._alive: dict[int, list[np.ndarray]] = {}
 
@@ -104,6 +104,10 @@ class Reader:
     def promote(self, ticket: int) -> None:
         """Make a queued prefetch urgent; what has begun or ended stays as it is."""
         self._queue.promote(ticket)
+
+    def cancel(self, ticket: int) -> None:
+        """Do not begin what has not begun. The ticket ends, without an error for that, once what is in flight has; its bytes mean nothing."""
+        self._queue.cancel(ticket)
 
     @property
     def bytes_read(self) -> int:

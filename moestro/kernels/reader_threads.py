@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-PIECE = 4 << 20  # reads are cut to this size, so that an urgent one never waits for a whole large prefetch
+# Reads are cut to these sizes, urgent and other ones, so that an urgent one never waits long for a prefetch.
+PIECE, LATER_PIECE = 4 << 20, 1 << 20
 END, CLOSED = -1, -2  # codes of `wait` besides 0 and errno values
 _BLOCK = 4096
 
@@ -90,10 +91,11 @@ class Queue:
 
     def submit(self, ticket: int, reads: Sequence[tuple[int, int, int, int]], urgent: bool) -> None:
         """Queue (file, offset, nbytes, address) reads."""
+        size = PIECE if urgent else LATER_PIECE
         pieces = [
-            _Piece(ticket, file, offset + at, min(PIECE, nbytes - at), address + at)
+            _Piece(ticket, file, offset + at, min(size, nbytes - at), address + at)
             for file, offset, nbytes, address in reads
-            for at in range(0, nbytes, PIECE)
+            for at in range(0, nbytes, size)
         ]
         with self._lock:
             if self._closed:
@@ -127,6 +129,14 @@ class Queue:
         with self._lock:
             self._urgent.extend(piece for piece in self._later if piece.ticket == ticket)
             self._later = deque(piece for piece in self._later if piece.ticket != ticket)
+
+    def cancel(self, ticket: int) -> None:
+        with self._lock:
+            gone = sum(piece.ticket == ticket for piece in (*self._urgent, *self._later))
+            self._urgent = deque(piece for piece in self._urgent if piece.ticket != ticket)
+            self._later = deque(piece for piece in self._later if piece.ticket != ticket)
+            for _ in range(gone):
+                self._end(ticket, 0, "")
 
     def close(self) -> None:
         with self._lock:

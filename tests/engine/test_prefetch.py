@@ -27,7 +27,7 @@ class Fixed:
 def test_it_asks_for_the_next_layer_and_wraps():
     table = SlotTable([12], "global", Lru, layers=2)
     predictor = Fixed([4, 2, 7])
-    prefetcher = Prefetcher(predictor, table, 2)
+    prefetcher = Prefetcher(predictor, table, 2, trust=0)
     glimpse = Glimpse(ahead_TW=np.array([[1]]))
     first = prefetcher.routed(np.array([[0, 1]]), Moment(0, 0, False), glimpse)
     assert [p.key for p in first] == [ExpertKey(1, 4), ExpertKey(1, 2)]

@@ -104,7 +104,7 @@ NB_MODULE(_native, m) {
 
     using Request = std::tuple<int64_t, int64_t, int64_t, Address>;
     nb::class_<Queue>(m, "Queue")
-        .def(nb::init<int, bool, int64_t>())
+        .def(nb::init<int, bool, int64_t, int64_t>())
         .def("add",
              [](Queue& self, const std::string& path) {
                  try {
@@ -141,6 +141,7 @@ NB_MODULE(_native, m) {
              })
         .def("done", &Queue::done)
         .def("promote", &Queue::promote)
+        .def("cancel", &Queue::cancel)
         .def("close", &Queue::close, nb::call_guard<Unlocked>())
         .def_prop_ro("bytes_read", &Queue::bytes_read)
         .def_prop_ro("seconds_busy", &Queue::seconds_busy);

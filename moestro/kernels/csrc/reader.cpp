@@ -18,7 +18,8 @@ double since(std::chrono::steady_clock::time_point start) {
 }
 }  // namespace
 
-Queue::Queue(int threads, bool direct, int64_t piece) : direct_(direct), piece_(piece) {
+Queue::Queue(int threads, bool direct, int64_t piece, int64_t later_piece)
+    : direct_(direct), piece_(piece), later_piece_(later_piece) {
     sigset_t all, before;  // signals belong to Python's main thread
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -63,9 +64,10 @@ int64_t Queue::reserve() {
 
 void Queue::submit(int64_t ticket, const std::vector<ReadRequest>& reads, bool urgent) {
     std::vector<Piece> pieces;
+    const int64_t size = urgent ? piece_ : later_piece_;
     for (const auto& r : reads)
-        for (int64_t at = 0; at < r.bytes; at += piece_)
-            pieces.push_back({ticket, r.file, r.offset + at, std::min(piece_, r.bytes - at), r.into + at});
+        for (int64_t at = 0; at < r.bytes; at += size)
+            pieces.push_back({ticket, r.file, r.offset + at, std::min(size, r.bytes - at), r.into + at});
     {
         std::lock_guard<std::mutex> lock(mutex_);
         if (closed_) throw std::invalid_argument("the reader is closed");
@@ -115,6 +117,16 @@ void Queue::promote(int64_t ticket) {
     auto rest = std::stable_partition(later_.begin(), later_.end(), [&](const Piece& p) { return p.ticket != ticket; });
     urgent_.insert(urgent_.end(), rest, later_.end());
     later_.erase(rest, later_.end());
+}
+
+void Queue::cancel(int64_t ticket) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto* queue : {&urgent_, &later_}) {
+        const auto rest = std::remove_if(queue->begin(), queue->end(), [&](const Piece& p) { return p.ticket == ticket; });
+        const auto gone = queue->end() - rest;
+        queue->erase(rest, queue->end());
+        for (auto i = gone; i > 0; --i) end(ticket, 0, {});
+    }
 }
 
 void Queue::close() {

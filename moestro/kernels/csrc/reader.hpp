@@ -22,7 +22,7 @@ class Queue {
 public:
     static constexpr int END = -1, CLOSED = -2;  // codes besides 0 and errno values
 
-    Queue(int threads, bool direct, int64_t piece);
+    Queue(int threads, bool direct, int64_t piece, int64_t later_piece);
     ~Queue();
     Queue(const Queue&) = delete;
     Queue& operator=(const Queue&) = delete;
@@ -36,6 +36,7 @@ public:
     bool wait(int64_t ticket, std::chrono::milliseconds slice, int& code, std::string& message);
     bool done(int64_t ticket);
     void promote(int64_t ticket);
+    void cancel(int64_t ticket);  // what has not begun is not read, and counts as ended
     void close();
     int64_t bytes_read();
     double seconds_busy();
@@ -66,7 +67,7 @@ private:
     static Outcome read(const File& file, const Piece& piece);
 
     const bool direct_;
-    const int64_t piece_;
+    const int64_t piece_, later_piece_;
     std::mutex mutex_, closing_;
     std::condition_variable work_, finished_;
     std::deque<File> files_;  // references stay valid while it grows
