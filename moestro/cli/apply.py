@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moestro.cli.arguments import Json, Quiet
+from moestro.cli.arguments import CodecChoice, Json, Quiet, TrunkCodecChoice
 from moestro.cli.output import emit, progress, say, size
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ EPILOG = """Examples:
 \b
   moestro apply plan.json -o ./store                     pack the experts as the plan says
   moestro run MODEL "Hello" --plan plan.json --store ./store
-  moestro apply plan.json -o ./store8 --codec int8:64    other numbers in fewer bytes: runs then say SHRUNK
-  moestro run MODEL "Hello" --memory 4GiB --store ./store8"""
+  moestro apply plan.json -o ./store4 --codec int4:32 --trunk-codec int4:32   fewer bytes: runs then say SHRUNK
+  moestro run MODEL "Hello" --memory 4GiB --store ./store4"""
 
 
 def apply(
@@ -28,17 +28,15 @@ def apply(
     model: Annotated[
         str | None, typer.Option(help="Where the model is now, if not where the plan says.", show_default=False)
     ] = None,
-    codec: Annotated[
-        str | None,
-        typer.Option(
-            help="Pack with another codec than the plan's: stored, f32, f16, bf16, mxfp4, int8:64, int4:32, ...",
-            show_default=False,
-        ),
-    ] = None,
+    codec: CodecChoice = None,
+    trunk_codec: TrunkCodecChoice = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Do what a plan says. A residency plan packs the model's experts, one aligned record each, for faster reads."""
+    """Do what a plan says. A residency plan packs the model's experts, one aligned record each, for faster reads, and a quantised trunk.
+
+    --codec and --trunk-codec are used instead of the plan's.
+    """
     from moestro.core.errors import PlanError
     from moestro.core.plan import read_plan
     from moestro.core.plans.residency import ResidencyPlan
@@ -48,14 +46,17 @@ def apply(
         raise PlanError(
             f"{plan} is a {read.kind} plan", expected="a residency plan", fix="moestro plan residency MODEL --memory SIZE"
         )
-    done = pack(read, output, model, codec, quiet)
+    done = pack(read, output, model, codec, trunk_codec, quiet)
     if as_json:
         emit(done)
     else:
-        print(f"{done['experts']} experts packed as {done['codec']} in {done['output']}, {size(done['bytes'])}")
+        trunk = "" if done["trunk_codec"] == "stored" else f" and the trunk as {done['trunk_codec']}"
+        print(f"{done['experts']} experts packed as {done['codec']}{trunk} in {done['output']}, {size(done['bytes'])}")
 
 
-def pack(plan: ResidencyPlan, output: Path, model: str | None, codec: str | None, quiet: bool) -> dict[str, Any]:
+def pack(
+    plan: ResidencyPlan, output: Path, model: str | None, codec: str | None, trunk_codec: str | None, quiet: bool
+) -> dict[str, Any]:
     """Pack the experts of the plan's model into `output` and say what was written."""
     from dataclasses import replace
 
@@ -65,7 +66,7 @@ def pack(plan: ResidencyPlan, output: Path, model: str | None, codec: str | None
 
     checkpoint = Checkpoint.open(model or plan.subjects[0].path)
     layout = describe(checkpoint)
-    plan = replace(plan, codec=codec or plan.codec)
+    plan = replace(plan, codec=codec or plan.codec, trunk_codec=trunk_codec or plan.trunk_codec)
     with progress("packing", "experts", quiet) as report:
         try:
             folder = packing.apply(plan, checkpoint, layout, output, report)
@@ -75,6 +76,7 @@ def pack(plan: ResidencyPlan, output: Path, model: str | None, codec: str | None
     return {
         "output": str(folder),
         "codec": plan.codec,
+        "trunk_codec": plan.trunk_codec,
         "experts": sum(layer.num_experts for layer in layout.facts.layers),
         "bytes": sum(file.stat().st_size for file in folder.iterdir()),
     }

@@ -41,6 +41,23 @@ TrunkChoice = Annotated[
     str | None,
     typer.Option("--trunk", help="native (without torch), transformers, or auto.", show_default=False),
 ]
+CodecChoice = Annotated[
+    str | None,
+    typer.Option(
+        "--codec",
+        help="How a packed store keeps the experts: stored, f32, f16, bf16, mxfp4, or int8, int4, int3, int2 or nested with the weights per "
+        "scale, as in int4:32.",
+        show_default=False,
+    ),
+]
+TrunkCodecChoice = Annotated[
+    str | None,
+    typer.Option(
+        "--trunk-codec",
+        help="How the native trunk keeps its matrices: stored, mxfp4, or int8, int4, int3 or int2, as in int8:32.",
+        show_default=False,
+    ),
+]
 Scope = Annotated[
     str | None, typer.Option(help="Slots shared by all layers (global) or divided among them (layer).", show_default=False)
 ]
@@ -82,9 +99,10 @@ def residency_options(
     predictor: str | None,
     scope: str | None,
     trunk: str | None,
+    trunk_codec: str | None,
 ) -> dict[str, Any]:
     """The options of `plan_residency` that were given on the command line, and only those."""
-    options: dict[str, Any] = {"context": context, "dtype": dtype, "scope": scope, "trunk": trunk}
+    options: dict[str, Any] = {"context": context, "dtype": dtype, "scope": scope, "trunk": trunk, "trunk_codec": trunk_codec}
     for kind, text in (("eviction", eviction), ("predictor", predictor)):
         if text is not None:
             options[kind], options[f"{kind}_options"] = method_choice(text)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moestro.cli.arguments import (
+    CodecChoice,
     Context,
     Dtype,
     EvictionChoice,
@@ -19,6 +20,7 @@ from moestro.cli.arguments import (
     Revision,
     Scope,
     TrunkChoice,
+    TrunkCodecChoice,
     residency_options,
     with_revision,
 )
@@ -48,13 +50,8 @@ def residency(
     predictor: PredictorChoice = None,
     scope: Scope = None,
     trunk: TrunkChoice = None,
-    codec: Annotated[
-        str | None,
-        typer.Option(
-            help="How a packed store is to keep the experts: stored, f32, f16, bf16, mxfp4, int8:64, int4:32, ...",
-            show_default=False,
-        ),
-    ] = None,
+    trunk_codec: TrunkCodecChoice = None,
+    codec: CodecChoice = None,
     revision: Revision = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -70,7 +67,7 @@ def residency(
     checkpoint = Checkpoint.open(with_revision(model, revision))
     layout = describe(checkpoint)
     budget = parse_size(memory) if memory is not None else accounting.available() * 9 // 10
-    options = residency_options(context, dtype, eviction, predictor, scope, trunk)
+    options = residency_options(context, dtype, eviction, predictor, scope, trunk, trunk_codec)
     options |= {name: value for name, value in (("batch", batch), ("codec", codec)) if value is not None}
     plan = plan_residency(checkpoint, layout, budget, trace=Trace.open(trace) if trace is not None else None, **options)
     if output is not None:

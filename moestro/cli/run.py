@@ -20,6 +20,7 @@ from moestro.cli.arguments import (
     Scope,
     Threads,
     TrunkChoice,
+    TrunkCodecChoice,
     residency_options,
 )
 from moestro.cli.errors import INTERRUPTED, bad_argument
@@ -75,6 +76,7 @@ def run(
     predictor: PredictorChoice = None,
     scope: Scope = None,
     trunk: TrunkChoice = None,
+    trunk_codec: TrunkCodecChoice = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", "--n-predict", help="Tokens of the answer at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Only the k likeliest; 0: all.")] = 0,
@@ -122,7 +124,7 @@ def run(
         bad_argument("there is no prompt", "a prompt with --json and with --raw", "give a prompt, or pipe one in")
     if trace is not None:
         check_target(trace)
-    options = residency_options(context, dtype, eviction, predictor, scope, trunk)
+    options = residency_options(context, dtype, eviction, predictor, scope, trunk, trunk_codec)
     if plan is None and prompts is not None and len(prompts) > 1:
         options["batch"] = min(len(prompts), MOST_AT_ONCE)
     with open_engine(model, revision, memory, plan, store, threads, trace is not None, options, quiet or as_json) as engine:

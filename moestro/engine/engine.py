@@ -33,6 +33,7 @@ from moestro.engine.trunk import State, TransformersTrunk, Trunk, has_recurrent_
 from moestro.kernels.native import cores
 from moestro.kernels.reader import READERS, Reader
 from moestro.models.checkpoint import Checkpoint
+from moestro.models.codecs.encode import ROUNDED
 from moestro.models.layout import Layout
 
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
@@ -42,7 +43,8 @@ class Engine:
     """A running model. Use it as a context manager, or call `close`. Not for several threads at once.
 
     plan: what it keeps where. facts: of the model. context: tokens a sequence may have, prompt and answer together.
-    changes: what differs from the checkpoint's own numbers; empty when the run is exact.
+    changes: what differs from the checkpoint's own numbers; empty when the run is exact. packed: the folder of packed weights that
+    the run is exact to, or ''.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class Engine:
         self.stop = threading.Event()
         self.store: ExpertStore = store or SourceStore(checkpoint, layout)
         self.store.check()
+        if plan.precision is not None and isinstance(self.store, PackedStore):
+            self.store.follow(plan.precision)
         if self.store.codec != plan.codec:
             raise PlanError(
                 f"the plan keeps experts in codec {plan.codec!r}, the store holds {self.store.codec!r}",
@@ -72,7 +76,7 @@ class Engine:
         eviction = eviction_factory(plan.eviction, plan.eviction_options)
         table = SlotTable(plan.slots, plan.scope, eviction, layers=len(self.facts.layers), pinned=plan.pinned)
         prefetcher = self._prefetcher(table)
-        self.changes = self._changes()
+        self.changes, self.packed = self._changes(), self._packed()
         self.recorder = Recorder(self.facts, {"method": plan.method, "dtype": plan.dtype}) if trace else None
         self._step, self._prefilling, self._watched, self._inputs = 0, False, False, False
         self._records: list[tuple[np.ndarray, ...]] = []
@@ -140,6 +144,10 @@ class Engine:
             if store is not None:
                 options.setdefault("codec", store.codec)
             options["trunk"] = choose_trunk(checkpoint, layout, options.get("trunk", "auto"), options.get("dtype", "auto"))
+            if isinstance(store, PackedStore):
+                options.setdefault("precision", store.precision())
+                if options["trunk"] == "native":
+                    options.setdefault("trunk_codec", store.trunk_codec)
             if options["trunk"] == "transformers" and has_recurrent_states(checkpoint):
                 options.setdefault("chunk", min(options.get("context") or 2048, layout.facts.context))
             budget = memory if memory is not None else accounting.available() * 9 // 10 + accounting.usage().resident
@@ -167,7 +175,7 @@ class Engine:
     def _load_trunk(self) -> Trunk:
         trunk: Trunk
         if self.plan.trunk == "native":
-            trunk = NativeTrunk(self.checkpoint, self.layout, self._seam, self.plan.dtype, threads=self.threads)
+            trunk = self._native_trunk()
         else:
             import torch
 
@@ -176,14 +184,29 @@ class Engine:
         accounting.trim()
         return trunk
 
+    def _native_trunk(self) -> NativeTrunk:
+        """Its matrices as the plan says: from the packed folder if they lie there so, else quantised while they are read."""
+        codec = self.plan.trunk_codec
+        packed = self.store.trunk() if isinstance(self.store, PackedStore) and codec == self.store.trunk_codec else None
+        options = {"codec": codec, "packed": packed, "threads": self.threads}
+        return NativeTrunk(self.checkpoint, self.layout, self._seam, self.plan.dtype, **options)
+
     def _changes(self) -> tuple[str, ...]:
-        out = []
-        if self.store.lossy:
-            out.append(f"experts are kept as {self.store.codec}")
+        out = list(self.store.changes)
         own, used = self.facts.dtype, self.facts.dtype if self.plan.dtype == "auto" else self.plan.dtype
         if own != used and used != "float32" and self.plan.trunk == "transformers":
             out.append(f"the trunk's {own} weights are rounded to {used}")
-        return tuple(out)
+        if self.plan.trunk_codec != "stored":
+            out.append(f"the trunk's matrices are kept as {self.plan.trunk_codec}")
+            out.append(ROUNDED)
+        return tuple(dict.fromkeys(out))
+
+    def _packed(self) -> str:
+        """A packed folder is a model of its own: its experts with all their bits and the trunk beside them, or the checkpoint's."""
+        store = self.store
+        if not isinstance(store, PackedStore) or self.plan.trunk_codec != store.trunk_codec or store.cut:
+            return ""
+        return str(store.folder)
 
     @property
     def tokenizer(self) -> Any:

@@ -52,7 +52,8 @@ class Statistics:
     """What a generation took. Rates in tokens/s over all sequences; bytes as asked of the disk; memory as the kernel counts it.
 
     decode_tokens: tokens that came from decode passes (each sequence's first token comes from prefill).
-    exact: every number is the checkpoint's; else `changes` says what is not.
+    exact: every number is the checkpoint's; else `changes` says what is not. packed: the folder of packed weights whose numbers
+    all were used as they are, '' without one.
     """
 
     prompt_tokens: int
@@ -70,6 +71,7 @@ class Statistics:
     exact: bool
     changes: tuple[str, ...]
     forecast: Forecast | None
+    packed: str = ""
 
     @classmethod
     def total(cls, several: Sequence[Statistics]) -> Statistics:
@@ -115,6 +117,8 @@ class Statistics:
                 f"measured {self.decode_rate:.1f} at {100 * self.decode_hit_rate:.0f} %"
             )
         lines.append("EXACT: every number is the checkpoint's" if self.exact else "SHRUNK: " + "; ".join(self.changes))
+        if self.packed and not self.exact:
+            lines.append(f"EXACT to the packed model: every number is that of {self.packed}")
         return "\n".join(lines)
 
 
@@ -321,4 +325,5 @@ class Generation:
             exact=not changes,
             changes=changes,
             forecast=engine.plan.forecast,
+            packed=engine.packed,
         )

@@ -16,18 +16,20 @@ from moestro.core.layer import LayerFacts
 from moestro.engine.attention_cache import DTYPES, SequenceCache
 from moestro.engine.native_attention import GroupedAttention, LatentAttention, Scratch, Step
 from moestro.engine.trunk import Seam, State
-from moestro.kernels.convert import to_f32
 from moestro.kernels.ffn import ExpertView, Matrix, grouped_ffn
 from moestro.kernels.linear import linear
 from moestro.kernels.norm import add_rms_norm, rms_norm
+from moestro.kernels.packed import Packed
 from moestro.kernels.softmax import sigmoid
 from moestro.kernels.topk import topk
 from moestro.models.checkpoint import Checkpoint
+from moestro.models.codecs.encode import parse_trunk_codec
+from moestro.models.codecs.trunk import PackedTrunk
 from moestro.models.layout import Layout
 from moestro.models.native import describe, native_supported
 from moestro.models.native.decoder import Attention, Decoder, Layer, Mlp
 from moestro.models.native.router import liked, route
-from moestro.models.native.weights import Weights, wrap
+from moestro.models.native.weights import Weights, embed, matrices
 
 TRUNKS = ("auto", "native", "transformers")
 
@@ -51,7 +53,7 @@ def choose_trunk(checkpoint: Checkpoint, layout: Layout, trunk: str = "auto", dt
 @dataclass(frozen=True, slots=True)
 class _Router:
     facts: LayerFacts
-    weight: Matrix
+    weight: Matrix | Packed
     bias: np.ndarray | None
     choice: np.ndarray | None
 
@@ -68,21 +70,32 @@ class _Layer:
     post_norm: np.ndarray
     router: _Router | None
     mlp: ExpertView | None
-    mlp_gate: tuple[Matrix, np.ndarray | None] | None
+    mlp_gate: tuple[Matrix | Packed, np.ndarray | None] | None
 
 
 class NativeTrunk:
     """A `Trunk` for the families of models.native. See `native_supported`.
 
     seam: computes the routed experts. dtype: of cached keys and values, 'auto' for the checkpoint's own; arithmetic is float32
-    and weights stay as stored. threads: of the arithmetic, 0 for all cores.
+    and weights stay as stored, or matrices are in few bits: `codec` names how, and `packed` holds them so already.
+    threads: of the arithmetic, 0 for all cores.
 
     Raises:
         UnsupportedModel: a decoder it does not compute, or a dtype that would round the weights.
         CheckpointError: a weight is missing, left over, of another shape, or not a number.
     """
 
-    def __init__(self, checkpoint: Checkpoint, layout: Layout, seam: Seam, dtype: str = "auto", *, threads: int = 0) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        seam: Seam,
+        dtype: str = "auto",
+        *,
+        codec: str = "stored",
+        packed: PackedTrunk | None = None,
+        threads: int = 0,
+    ) -> None:
         self.seam, self.layout, self.threads = seam, layout, threads
         own = layout.facts.dtype
         if dtype not in ("auto", "float32", own):
@@ -92,8 +105,8 @@ class NativeTrunk:
         self.dtype = own if dtype == "auto" else dtype
         assert self.dtype in DTYPES
         self.decoder: Decoder = describe(checkpoint, layout)
-        weights = Weights(checkpoint)
-        self._embedding, self._head = self._outer(weights)
+        weights = Weights(checkpoint, matrices(self.decoder), parse_trunk_codec(codec), packed)
+        self._embedding, self._head = weights.outer(self.decoder)
         self._norm = weights.required(self.decoder.norm)
         by_index = {layer.index: layer for layer in layout.facts.layers}
         self._layers = [self._layer(la, weights, by_index.get(i)) for i, la in enumerate(self.decoder.layers)]
@@ -103,18 +116,6 @@ class NativeTrunk:
         self._routers = [layer.router for layer in self._layers if layer.router is not None]
         self._rooms = [layer.attention.room for layer in self._layers]
         self._scratch = Scratch()
-
-    def _outer(self, weights: Weights) -> tuple[np.ndarray, Matrix]:
-        """Embedding and output layer: one copy where they are one weight."""
-        decoder = self.decoder
-        embedding = weights.array(decoder.embedding)
-        if decoder.head == decoder.embedding:
-            return embedding, wrap(embedding)
-        head = weights.array(decoder.head)
-        if decoder.tied and head.dtype == embedding.dtype and np.array_equal(head, embedding):
-            weights.nbytes -= head.nbytes
-            head = embedding
-        return embedding, wrap(head)
 
     def _layer(self, layer: Layer, weights: Weights, facts: LayerFacts | None) -> _Layer:
         kind = GroupedAttention if isinstance(layer.attention, Attention) else LatentAttention
@@ -189,7 +190,7 @@ class NativeTrunk:
     def _run(self, token_N: np.ndarray, step: Step) -> np.ndarray:
         """The final norm's output, in scratch memory."""
         decoder, rows, width = self.decoder, len(token_N), self.layout.facts.d_model
-        x_ND = to_f32(self._embedding[token_N], step.scratch.take("x", rows, width))
+        x_ND = embed(self._embedding, token_N, step.scratch.take("x", rows, width))
         if decoder.embedding_scale != 1.0:
             x_ND *= np.float32(decoder.embedding_scale)
         normed_ND, y_ND = step.scratch.take("normed", rows, width), step.scratch.take("y", rows, width)
@@ -252,14 +253,14 @@ class NativeTrunk:
 
 
 def _view(mlp: Mlp, weights: Weights) -> ExpertView:
-    gate, gate_bias = weights.linear(mlp.gate)
     down, down_bias = weights.linear(mlp.down)
     if mlp.up is not None:
-        up, up_bias = weights.linear(mlp.up)
+        (gate, gate_bias), (up, up_bias) = weights.linear(mlp.gate), weights.linear(mlp.up)
         return ExpertView(gate, up, down, gate_bias, up_bias, down_bias)
-    half = gate.rows // 2
-    biases = (None, None) if gate_bias is None else (gate_bias[:half], gate_bias[half:])
-    return ExpertView(wrap(gate.data[:half]), wrap(gate.data[half:]), down, *biases, down_bias)
+    gate, up = weights.pieces(mlp.gate.weight, 2)
+    both = weights.vector(mlp.gate.bias)
+    biases = (None, None) if both is None else (both[: gate.rows], both[gate.rows :])
+    return ExpertView(gate, up, down, *biases, down_bias)
 
 
 def _shown(batch: int, width: int, valid_BT: np.ndarray | None, every: bool) -> np.ndarray:

@@ -19,7 +19,7 @@ from moestro.core.experts import ExpertKey
 from moestro.core.layer import ModelFacts
 from moestro.core.method import card_of, load
 from moestro.core.plan import Subject
-from moestro.core.plans.residency import Forecast, Memory, ResidencyPlan
+from moestro.core.plans.residency import Forecast, Memory, Precision, ResidencyPlan
 from moestro.core.trace import Trace
 from moestro.engine.allocate.demand import demand, working_set
 from moestro.engine.allocate.shallow import shallow
@@ -74,17 +74,17 @@ class Setting:
         )
 
 
-def buffer_bytes(facts: ModelFacts, *, chunk: int, context: int, batch: int, itemsize: int) -> int:
-    """What one forward pass needs besides weights and KV cache: activations of `chunk` tokens, mask, expert rows, logits."""
+def buffer_bytes(facts: ModelFacts, *, chunk: int, context: int, batch: int, itemsize: int, mask: bool = True) -> int:
+    """What one forward pass needs besides weights and KV cache: activations of `chunk` tokens, expert rows, logits, and transformers' mask."""
     rows, d = max(chunk, batch), facts.d_model
     k = max(layer.top_k for layer in facts.layers)
     width = max(max(layer.spec.d_expert, layer.shared) for layer in facts.layers)
     hidden = rows * d * (8 * itemsize + 16)
     mlp = rows * max(width, 4 * d) * 3 * max(itemsize, 4)
     pairs = rows * k * (4 * d + 24)
-    mask = rows * context * (1 + itemsize)
+    seen = rows * context * (1 + itemsize) if mask else 0
     logits = batch * facts.vocabulary * 4 * 6
-    return hidden + mlp + pairs + mask + logits + MARGIN
+    return hidden + mlp + pairs + seen + logits + MARGIN
 
 
 def decide(
@@ -111,6 +111,8 @@ def decide(
     predictor_options: Mapping[str, Any] | None = None,
     prefetch: int | None = None,
     trunk: str = "transformers",
+    trunk_codec: str = "stored",
+    precision: Precision | None = None,
 ) -> ResidencyPlan:
     """The plan for `memory` bytes in all.
 
@@ -123,7 +125,7 @@ def decide(
         trace: of this model; policies are chosen by replaying it. Without one: LRU, or EdgeMoE's rule with so few slots
             that LRU could never hit; slots shared or per layer, whichever does better on assumed routings.
         scope, eviction, predictor, prefetch and options: chosen by the caller, not here.
-        trunk: 'native' or 'transformers'.
+        trunk: 'native' or 'transformers'. codec, trunk_codec, precision: as the plan says them.
 
     Raises:
         BudgetError: the budget cannot hold the trunk and the experts of one token's layer; `.smallest` can.
@@ -141,7 +143,8 @@ def decide(
     least = sum(top_k) if scope == "layer" else max(top_k)
 
     def buffers_of(chunk: int) -> int:
-        return buffer_bytes(facts, chunk=chunk, context=context, batch=batch, itemsize=itemsize) + extra_bytes
+        masked = trunk == "transformers"
+        return buffer_bytes(facts, chunk=chunk, context=context, batch=batch, itemsize=itemsize, mask=masked) + extra_bytes
 
     fixed = runtime_bytes + trunk_bytes + kv_cache
     if chunk is None:
@@ -186,6 +189,8 @@ def decide(
         chunk=chunk,
         prefetch=chosen.prefetch,
         trunk=trunk,
+        trunk_codec=trunk_codec,
+        precision=precision,
         forecast=_forecast(facts, chosen, report, capacity == total, trunk_bytes, disk_rate, memory_rate),
     )
     plan.check(facts)
@@ -382,6 +387,8 @@ def plan_residency(
     trace: Trace | None = None,
     dtype: str = "auto",
     codec: str = "stored",
+    trunk_codec: str = "stored",
+    precision: Precision | None = None,
     runtime_bytes: int | None = None,
     disk_rate: float | None = None,
     memory_rate: float | None = None,
@@ -394,7 +401,8 @@ def plan_residency(
         memory: bytes, or '2GiB'.
         trace: of this model; policies are chosen by replaying it.
         dtype: of the trunk; 'auto' is the checkpoint's own.
-        codec: how a packed store is to keep the experts; 'stored' reads the checkpoint itself.
+        codec: how a packed store is to keep the experts; 'stored' reads the checkpoint itself, 'mixed' does as `precision` says.
+        trunk_codec: how the native trunk's matrices are kept. precision: bits expert by expert.
         runtime_bytes: of the process once its libraries are in; measured by importing them if not given.
         disk_rate, memory_rate: bytes/s; measured if not given, the disk with reads as large as the experts' own.
         trunk: 'native', 'transformers', or 'auto' for the native one where it computes this checkpoint.
@@ -406,28 +414,37 @@ def plan_residency(
     from moestro.engine.native import choose_trunk
     from moestro.engine.store import SourceStore, pages
     from moestro.kernels.reader import probe
-    from moestro.models.codecs.encode import parse_codec
-    from moestro.models.codecs.packed import Record
-    from moestro.models.codecs.source import stored_format
+    from moestro.models.codecs.encode import parse_trunk_codec
+    from moestro.models.native import describe
+    from moestro.models.native.weights import trunk_bytes as coded_bytes
 
     facts = layout.facts
     if dtype != "auto" and dtype not in ITEMSIZE:
         raise InputError(f"dtype is {dtype!r}", expected="auto, " + ", ".join(ITEMSIZE))
     trunk = choose_trunk(checkpoint, layout, trunk, dtype)
+    coder = parse_trunk_codec(trunk_codec)
+    if coder is not None and trunk != "native":
+        raise InputError(
+            f"the trunk is to be kept as {trunk_codec}, and this is the {trunk} trunk",
+            expected="the native trunk, which computes with quantised weights",
+            fix="leave the trunk as stored",
+        )
     store = SourceStore(checkpoint, layout)
     slot_bytes, extra_bytes = store.slot_bytes, store.extra_bytes
     first = layout.parts(ExpertKey(0, 0))
     if codec != "stored":
-        forms = [stored_format(layout.parts(ExpertKey(la.ordinal, 0))) for la in facts.layers]
-        records = [Record.of(la.spec, parse_codec(codec, form)).nbytes for la, form in zip(facts.layers, forms, strict=True)]
-        slot_bytes, extra_bytes = pages(max(records)), 0
-        facts = replace(facts, layers=tuple(replace(la, expert_bytes=n) for la, n in zip(facts.layers, records, strict=True)))
+        sizes_LE = expert_sizes(checkpoint, layout, codec, precision)
+        slot_bytes, extra_bytes = pages(max(max(row) for row in sizes_LE)), 0
+        means = [sum(row) // len(row) for row in sizes_LE]
+        facts = replace(facts, layers=tuple(replace(la, expert_bytes=n) for la, n in zip(facts.layers, means, strict=True)))
     if disk_rate is None:
         disk_rate = probe(first[0].file, max(part.nbytes for part in first))
     if runtime_bytes is None:
         runtime_bytes = accounting.runtime_bytes(torch=trunk == "transformers")
     trunk_bytes = facts.trunk_bytes
-    if trunk == "transformers":  # it holds every weight in the dtype it runs in; the native trunk keeps them as stored
+    if coder is not None:
+        trunk_bytes = coded_bytes(checkpoint, layout.trunk, describe(checkpoint, layout), coder)
+    elif trunk == "transformers":  # it holds every weight in the dtype it runs in; the native trunk keeps them as stored
         itemsize = ITEMSIZE[facts.dtype if dtype == "auto" else dtype]
         trunk_bytes = sum(math.prod(checkpoint.tensors[name].shape) * itemsize for name in layout.trunk)
     return decide(
@@ -444,8 +461,27 @@ def plan_residency(
         extra_bytes=extra_bytes,
         trace=trace,
         trunk=trunk,
+        trunk_codec=trunk_codec,
+        precision=precision,
         **options,
     )
+
+
+def expert_sizes(checkpoint: Checkpoint, layout: Layout, codec: str, precision: Precision | None = None) -> list[list[int]]:
+    """Bytes to read for each expert of each layer from a packed store. Raises InputError for a codec that does not fit."""
+    from moestro.engine.pack import codecs_of
+    from moestro.engine.store import MIXED
+    from moestro.models.codecs.encode import parse_codec
+    from moestro.models.codecs.packed import Record
+
+    held = codecs_of(checkpoint, layout, codec, precision if codec == MIXED else None)
+    out = []
+    for layer in layout.facts.layers:
+        keys = [ExpertKey(layer.ordinal, e) for e in range(layer.num_experts)]
+        records = {codec: Record.of(layer.spec, codec) for codec in {held[key] for key in keys}}
+        planes = [0 if precision is None or codec == MIXED else parse_codec(precision.width(key)).planes for key in keys]
+        out.append([records[held[key]].size(p) for key, p in zip(keys, planes, strict=True)])
+    return out
 
 
 def memory_rate_of(size: int = 64 * MIB) -> float:

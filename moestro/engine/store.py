@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from moestro.core.errors import CheckpointError, UnsupportedModel
+from moestro.core.errors import CheckpointError, InputError, PlanError, UnsupportedModel
 from moestro.core.experts import ExpertKey, ExpertSpec
 from moestro.core.layer import ModelFacts
+from moestro.core.plans.residency import Precision
 from moestro.kernels.ffn import ExpertView, Matrix
 from moestro.kernels.reader import Read, Reader, aligned
 from moestro.models.checkpoint import Checkpoint
-from moestro.models.codecs.encode import parse_codec
+from moestro.models.codecs.encode import PLANES, ROUNDED, Codec, keeps_weights, parse_codec
 from moestro.models.codecs.packed import Record
 from moestro.models.codecs.source import stored_format, view
+from moestro.models.codecs.trunk import PackedTrunk
 from moestro.models.layout import Layout, Part
 
 PAGE = 4096
 HEADER = "experts.json"
-FORMAT = 1
+FORMAT = 2
+MIXED = "mixed"  # the codec of experts that have a width each
 SAMPLED = 512  # bytes of each part that `sample` looks at
 
 
@@ -45,7 +48,7 @@ class ExpertStore(Protocol):
     """The experts of a model on disk.
 
     slot_bytes: page-aligned size that holds any one of them. extra_bytes: what the store itself keeps in memory.
-    codec: 'stored' when the bytes are the checkpoint's own. lossy: the values are not the checkpoint's.
+    codec: 'stored' when the bytes are the checkpoint's own. changes: what is not as in the checkpoint, in words; empty when exact.
     """
 
     @property
@@ -58,7 +61,7 @@ class ExpertStore(Protocol):
     def codec(self) -> str: ...
 
     @property
-    def lossy(self) -> bool: ...
+    def changes(self) -> tuple[str, ...]: ...
 
     def attach(self, reader: Reader) -> None:
         """Open the files in `reader`; before any `reads`."""
@@ -126,9 +129,6 @@ def broken(matrix: Matrix) -> bool:
     if matrix.format == "mxfp4":
         assert matrix.scales is not None
         return bool((matrix.scales == 255).any())
-    if matrix.format in ("int8", "int4"):
-        assert matrix.scales is not None
-        return not np.isfinite(matrix.scales).all()
     mask = {"f32": 0x7F800000, "f16": 0x7C00, "bf16": 0x7F80}[matrix.format]
     bits = matrix.data.view(np.uint32 if matrix.format == "f32" else np.uint16)
     rows = max(1, (1 << 17) // max(1, bits.shape[1]))  # a piece and its masked copy stay in the processor's cache
@@ -148,7 +148,7 @@ class SourceStore:
     """
 
     codec = "stored"
-    lossy = False
+    changes: tuple[str, ...] = ()
 
     def __init__(self, checkpoint: Checkpoint, layout: Layout) -> None:
         self.checkpoint, self.layout = checkpoint, layout
@@ -264,8 +264,20 @@ def _biases_inside(found: ExpertView, slot: np.ndarray) -> ExpertView:
     return ExpertView(found.gate, found.up, found.down, **biases)
 
 
+class _Use(NamedTuple):
+    """How one expert's record is used. planes: its bits, 0 for all. form: equal for experts whose views differ in nothing but the slot."""
+
+    record: Record
+    planes: int
+    nbytes: int
+    form: int
+
+
 class PackedStore:
     """Experts of a packed folder: one aligned record each, read at once.
+
+    planes_LE: how many bits of each expert's nested record are used (0: all); see `limit`. trunk_codec: of the trunk that lies
+    beside the experts, 'stored' when none does.
 
     Raises CheckpointError for a folder that holds none, or those of another model.
     """
@@ -279,18 +291,93 @@ class PackedStore:
                 expected="experts packed from this checkpoint",
                 fix="pack them again with `moestro apply`",
             )
-        self.codec, self.lossy = str(header["codec"]), bool(header["lossy"])
-        self.records = [Record.of(la.spec, parse_codec(name)) for la, name in zip(facts.layers, header["layers"], strict=True)]
-        self._forms = [self.records.index(record) for record in self.records]
-        self.places = [[(int(at), int(crc)) for at, crc in layer] for layer in header["records"]]
+        self.codec, self._changes = str(header["codec"]), tuple(header["changes"])
+        # Rows are called 'stored' only where they are MXFP4, which has two forms; plain numbers go by their own names.
+        self.codecs = [parse_codec(name, "mxfp4") for name in header["codecs"]]
+        self.kinds = [[int(row[0]) for row in layer] for layer in header["records"]]
+        self.places = [[(int(at), tuple(crcs)) for _, at, crcs in layer] for layer in header["records"]]
+        self.records = [
+            {kind: Record.of(la.spec, self.codecs[kind]) for kind in set(kinds)}
+            for la, kinds in zip(facts.layers, self.kinds, strict=True)
+        ]
+        self.planes_LE = [[0] * la.num_experts for la in facts.layers]
         self.file = self.folder / header["file"]
-        self.slot_bytes = max(record.nbytes for record in self.records)
+        self.slot_bytes = max(record.nbytes for of_layer in self.records for record in of_layer.values())
         self.extra_bytes = 0
+        self._trunk: dict[str, Any] | None = header["trunk"]
+        self.trunk_codec = "stored" if self._trunk is None else str(self._trunk["codec"])
         self._size, self._sample = int(header["size"]), int(header["sample"])
         self._stamp: tuple[int, int] | None = None
         self._checked: set[ExpertKey] = set()
         self._index = -1
+        self._uses = self._used()
         self.check()
+
+    def trunk(self) -> PackedTrunk | None:
+        """The packed trunk, read now; None when the folder holds none. Raises CheckpointError."""
+        return None if self._trunk is None else PackedTrunk(self.folder, self._trunk)
+
+    def codec_of(self, key: ExpertKey) -> Codec:
+        """The format of one expert, with the number of its bits that are used."""
+        codec, planes = self.codecs[self.kinds[key.layer][key.expert]], self.planes_LE[key.layer][key.expert]
+        return codec._replace(planes=planes) if planes else codec
+
+    def precision(self) -> Precision | None:
+        """The width of each expert where they differ, None where all have one codec."""
+        names = tuple(codec.name for codec in self.codecs)
+        return Precision("engine.pack", names, tuple(map(tuple, self.kinds))) if self.codec == MIXED else None
+
+    def follow(self, precision: Precision) -> None:
+        """Read what the plan's widths ask for; before any reads. Raises PlanError when the records cannot give it."""
+        keys = [[ExpertKey(la, e) for e in range(len(row))] for la, row in enumerate(self.kinds)]
+        asked = [[parse_codec(precision.width(key), "mxfp4") for key in row] for row in keys]
+        if any(want[:2] != self.codec_of(key)[:2] for row, wants in zip(keys, asked) for key, want in zip(row, wants)):
+            raise PlanError(
+                f"the plan's widths are {', '.join(precision.widths)}, the experts in {self.folder} are kept otherwise",
+                expected="a store packed by this plan",
+                fix="run `moestro apply` with this plan, or plan again",
+            )
+        self.limit([[codec.planes for codec in row] for row in asked])
+
+    def limit(self, planes_LE: Sequence[Sequence[int]]) -> None:
+        """Use only so many bits of each expert (0: all), and read no more than these; before any reads.
+
+        Raises InputError when the experts' records are not nested.
+        """
+        nested = all(codec.format == "nested" for codec in self.codecs)
+        if any(p for row in planes_LE for p in row) and not nested:
+            raise InputError(
+                f"the packed experts are kept as {self.codec}, which has no planes to leave out",
+                expected="experts packed as nested:32 or nested:64",
+                fix="pack them with `moestro apply --codec nested:64`",
+            )
+        assert all(p in (0, *PLANES) for row in planes_LE for p in row)
+        self.planes_LE = [list(row) for row in planes_LE]
+        self._checked.clear()
+        self._uses = self._used()
+        self.slot_bytes = max(use.nbytes for row in self._uses for use in row)
+
+    def _used(self) -> list[list[_Use]]:
+        """What of each expert's record is read and how it is seen."""
+        forms: dict[tuple[Record, int], int] = {}
+        out = []
+        for records, kinds, row in zip(self.records, self.kinds, self.planes_LE, strict=True):
+            pairs = [(records[kind], planes) for kind, planes in zip(kinds, row, strict=True)]
+            out.append([_Use(*pair, pair[0].size(pair[1]), forms.setdefault(pair, len(forms))) for pair in pairs])
+        return out
+
+    @property
+    def cut(self) -> bool:
+        """Whether some experts are used with fewer bits than they are kept with."""
+        return any(0 < p < PLANES[-1] for row in self.planes_LE for p in row)
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        used = [p for row in self.planes_LE for p in row]
+        if not self.cut:
+            return self._changes
+        counts = {p: used.count(p) for p in PLANES}
+        return (*self._changes, "of their bits are used " + ", ".join(f"{p} by {n} experts" for p, n in counts.items() if n))
 
     def made_from(self, checkpoint: Checkpoint, layout: Layout) -> None:
         """Raises CheckpointError when the experts are of other weights than the checkpoint's, whose headers may be the same."""
@@ -321,13 +408,15 @@ class PackedStore:
         self._index = reader.add(self.file)
 
     def reads(self, key: ExpertKey, slot: np.ndarray) -> list[Read]:
-        nbytes = self.records[key.layer].nbytes
+        nbytes = self._uses[key.layer][key.expert].nbytes
         return [Read(self._index, self.places[key.layer][key.expert][0], nbytes, slot[:nbytes])]
 
     def finish(self, key: ExpertKey, slot: np.ndarray, made: Views | None = None) -> ExpertView:
-        record = self.records[key.layer]
+        use = self._uses[key.layer][key.expert]
         if key not in self._checked:
-            if zlib.crc32(slot[: record.nbytes].data) != self.places[key.layer][key.expert][1]:
+            crcs = self.places[key.layer][key.expert][1]
+            pieces = zip((0, *use.record.sizes), use.record.sizes, crcs, strict=False)
+            if any(zlib.crc32(slot[a:b].data) != crc for a, b, crc in pieces if b <= use.nbytes):
                 raise CheckpointError(
                     f"MoE layer {key.layer}, expert {key.expert}: its record in {self.file} is damaged",
                     expected="the bytes that were packed",
@@ -335,9 +424,15 @@ class PackedStore:
                 )
             self._checked.add(key)
         if made is None:
-            return record.view(slot)
-        form = self._forms[key.layer]
-        return made.get(form) or made.setdefault(form, record.view(slot))
+            return use.record.view(slot, use.planes)
+        return made.get(use.form) or made.setdefault(use.form, use.record.view(slot, use.planes))
+
+
+def changes_of(codecs: Iterable[Codec], stored: Sequence[str], name: str) -> tuple[str, ...]:
+    """What experts lose in these codecs, in words. stored: the checkpoint's formats, one for each codec. name: of the codec asked for."""
+    pairs = list(zip(codecs, stored, strict=True))
+    out = [] if all(keeps_weights(codec, form) for codec, form in pairs) else [f"experts are kept as {name}"]
+    return (*out, ROUNDED) if any(codec.tiled for codec, _ in pairs) else tuple(out)
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -346,7 +441,7 @@ def read_header(folder: Path) -> dict[str, Any]:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
         if header["moestro_experts"] != FORMAT:
             raise ValueError(f"it has format {header['moestro_experts']}, this version reads {FORMAT}")
-        if missing := {"fingerprint", "sample", "codec", "lossy", "layers", "records", "file", "size"} - set(header):
+        if missing := {"fingerprint", "sample", "codec", "changes", "codecs", "records", "file", "size", "trunk"} - set(header):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

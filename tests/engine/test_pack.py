@@ -4,17 +4,20 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from moestro.core.errors import CheckpointError, InputError, StorageError
+from moestro.core.errors import CheckpointError, InputError, PlanError, StorageError
 from moestro.core.experts import ExpertKey
+from moestro.core.plans.residency import Precision
 from moestro.engine import pack as packing
 from moestro.engine.pack import apply, pack
 from moestro.engine.sample import SamplingParams
 from moestro.engine.store import PackedStore, SourceStore, load
 from moestro.kernels.reader import Reader
+from moestro.models.codecs.encode import ROUNDED
 from moestro.testing.tiny import save_tiny
 
 TOKENS = [int(t) for t in np.random.default_rng(7).integers(3, 128, 30)]
@@ -39,20 +42,25 @@ def test_stored_is_exact(family, layout, dtype, tmp_path, tiny, opened, make_pla
     total = sum(la.num_experts for la in found.facts.layers)
     assert calls == [(i + 1, total) for i in range(total)]
     assert sorted(p.name for p in out.iterdir()) == ["experts.bin", "experts.json"]
+    assert PackedStore(out, found.facts).trunk() is None
     store = PackedStore(out, found.facts)
-    assert not store.lossy
+    assert not store.changes
     a, b = engine(folder, "minimal"), engine(folder, "minimal", store=store)
     np.testing.assert_array_equal(*(next(e.run([TOKENS])).logits_TV for e in (a, b)))
     assert b.changes == ()
     assert pack(checkpoint, found, "stored", out) == out  # again: nothing to do
 
 
-@pytest.mark.parametrize(("codec", "close"), [("bf16", 2e-2), ("f16", 2e-3), ("int8:32", 2e-2), ("int4:32", 0.3), ("f32", 1e-6)])
+LOSSES = {"f32": 1e-6, "bf16": 2e-2, "f16": 2e-3, "int8:32": 2e-2, "int4:32": 0.3, "int3:32": 0.5, "int2:32": 1, "mxfp4": 0.3}
+
+
+@pytest.mark.parametrize(("codec", "close"), [*LOSSES.items(), ("nested:32", 0.4)])
 def test_other_codecs_run_and_say_that_they_change_numbers(codec, close, tmp_path, tiny, opened, engine):
     folder, _ = tiny("mixtral", **WIDE)
     checkpoint, found = opened(folder)
     store = PackedStore(pack(checkpoint, found, codec, tmp_path / "p"), found.facts)
-    assert store.lossy == (codec != "f32")
+    tiled = codec not in ("f32", "bf16", "f16")
+    assert store.changes == (() if codec == "f32" else (f"experts are kept as {codec}",)) + ((ROUNDED,) if tiled else ())
     source = SourceStore(checkpoint, found)
     with Reader() as reader:
         store.attach(reader), source.attach(reader)
@@ -62,17 +70,18 @@ def test_other_codecs_run_and_say_that_they_change_numbers(codec, close, tmp_pat
                 exact, coded = getattr(a, name).dequantise(), getattr(b, name).dequantise()
                 error = np.abs(exact - coded).max() / np.abs(exact).max()
                 assert error <= close
-                assert (error > 0) == store.lossy
+                assert (error > 0) == bool(store.changes)
     made = engine(folder, store=PackedStore(store.folder, found.facts))
     generation = made.generate(TOKENS, SamplingParams(max_tokens=3, ignore_eos=True))
     generation.run()
     assert generation.statistics.exact == (codec == "f32")
-    assert ("SHRUNK: experts are kept as" in generation.statistics.summary()) == store.lossy
+    said = generation.statistics.summary()
+    assert ("SHRUNK: experts are kept as" in said) == bool(store.changes) and (ROUNDED in said) == tiled
 
 
 def test_a_codec_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, tiny, opened):
     checkpoint, found = opened(tiny("mixtral")[0])
-    for codec in ("int3", "int8:128"):
+    for codec in ("int3", "int8:128", "nested:64/3", "mixed"):
         with pytest.raises(InputError):
             pack(checkpoint, found, codec, tmp_path / "p")
     assert not list(tmp_path.iterdir())
@@ -232,6 +241,64 @@ def test_something_else_in_the_way(tmp_path, tiny, opened):
     out = pack(checkpoint, found, "stored", tmp_path / "p")
     with pytest.raises(StorageError, match="codec stored"):
         pack(checkpoint, found, "f16", out)
+
+
+def test_mxfp4_in_tiles_keeps_the_weights_and_rounds_activations(tmp_path, tiny, opened, engine):
+    folder, _ = tiny("gpt_oss", "mxfp4", "bfloat16")
+    checkpoint, found = opened(folder)
+    store = PackedStore(pack(checkpoint, found, "mxfp4", tmp_path / "p"), found.facts)
+    assert store.changes == (ROUNDED,)
+    a, b = (
+        next(engine(folder, "minimal").run([TOKENS])).logits_TV,
+        next(engine(folder, "minimal", store=store).run([TOKENS])).logits_TV,
+    )
+    assert 0 < np.abs(a - b).max() < 0.05 * np.abs(a).max()
+
+
+def test_coarser_experts_are_the_beginning_of_nested_records(tmp_path, tiny, opened, engine):
+    folder, _ = tiny("mixtral", **WIDE)
+    checkpoint, found = opened(folder)
+    out = pack(checkpoint, found, "nested:32", tmp_path / "p")
+    shape = [la.num_experts for la in found.facts.layers]
+    read, errors = [], []
+    exact = next(engine(folder).run([TOKENS])).logits_TV
+    for planes in (2, 3, 4):
+        store = PackedStore(out, found.facts)
+        store.limit([[planes] * n for n in shape])
+        made = engine(folder, "minimal", store=store)
+        errors.append(float(np.square(next(made.run([TOKENS])).logits_TV - exact).mean()))
+        read.append(made.reader.bytes_read / store.slot_bytes)
+        assert any("bits are used" in change for change in made.changes) == (planes < 4)
+    assert errors[0] > errors[1] > errors[2] > 0 and len(set(read)) == 1, "as many reads, each of a slot"
+    mixed = PackedStore(out, found.facts)
+    mixed.limit([[2 + (la + e) % 3 for e in range(n)] for la, n in enumerate(shape)])
+    assert "2 by 4 experts" in mixed.changes[-1]
+    assert np.square(next(engine(folder, store=mixed).run([TOKENS])).logits_TV - exact).mean() < errors[0]
+    with pytest.raises(InputError, match="no planes to leave out"):
+        PackedStore(pack(checkpoint, found, "int4:32", tmp_path / "q"), found.facts).limit([[2] * n for n in shape])
+
+
+def test_each_expert_may_have_its_own_width(tmp_path, tiny, opened, make_plan, engine):
+    folder, _ = tiny("mixtral", **WIDE)
+    checkpoint, found = opened(folder)
+    rows = tuple(tuple((la.ordinal + e) % 2 for e in range(la.num_experts)) for la in found.facts.layers)
+    widths = Precision("by hand", ("int2:32", "int8:32"), rows)
+    plan = make_plan(found, codec="mixed", precision=widths)
+    out = apply(plan, checkpoint, found, tmp_path / "p")
+    store = PackedStore(out, found.facts)
+    assert store.precision() == Precision("engine.pack", widths.widths, rows)
+    assert store.codec_of(ExpertKey(1, 1)).name == "int2:32" and store.codec_of(ExpertKey(1, 2)).name == "int8:32"
+    exact = next(engine(folder).run([TOKENS])).logits_TV
+    errors = [np.abs(next(engine(folder, store=store, precision=widths).run([TOKENS])).logits_TV - exact).max()]
+    for codec in ("int2:32", "int8:32"):
+        alone = PackedStore(pack(checkpoint, found, codec, tmp_path / codec), found.facts)
+        errors.append(np.abs(next(engine(folder, store=alone).run([TOKENS])).logits_TV - exact).max())
+    assert errors[1] > errors[0] > errors[2]
+    with pytest.raises(PlanError, match="kept otherwise"):
+        other = replace(widths, experts_LE=tuple(tuple(1 - i for i in row) for row in rows))
+        engine(folder, store=PackedStore(out, found.facts), precision=other)
+    with pytest.raises(StorageError, match="same width"):
+        pack(checkpoint, found, "mixed", out, widths=other)
 
 
 def test_damage_truncation_and_other_models_are_found(tmp_path, tiny, opened, engine):

@@ -19,13 +19,15 @@ from moestro.models.codecs import (
     Record,
     decode,
     encode,
-    is_exact,
+    encode_matrix,
+    keeps_weights,
     load,
     parse_codec,
     stored_format,
     view,
     weights_of,
 )
+from moestro.models.codecs.encode import parse_trunk_codec
 from moestro.models.layout import Part
 from moestro.models.writer import CheckpointWriter
 
@@ -184,19 +186,29 @@ def test_what_cannot_be_decoded() -> None:
     assert stored_format(parts) == "f32"
 
 
-@pytest.mark.parametrize("name", ["int8:16", "int4", "q4", "", "int8:g", "f64"])
+@pytest.mark.parametrize("name", ["int8:16", "int4", "q4", "", "int8:g", "f64", "int4:32/3", "nested:64/5", "nested", "stored/2"])
 def test_unknown_codecs(name: str) -> None:
     with pytest.raises(InputError, match="unknown codec"):
         parse_codec(name)
 
 
 def test_codec_names() -> None:
-    assert parse_codec("int8:g64") == parse_codec("int8:64") == Codec("int8", 64)
-    assert parse_codec("stored", "bf16") == Codec("bf16", 0) and parse_codec("stored", "mxfp4").group == 32
-    for name in CODECS[1:]:
+    assert parse_codec("int8:g64") == parse_codec("int8:64") == Codec("int8", 64, True)
+    assert parse_codec("stored", "bf16") == Codec("bf16")
+    rows, tiles = parse_codec("stored", "mxfp4"), parse_codec("mxfp4")
+    assert (rows, tiles) == (Codec("mxfp4", 32), Codec("mxfp4", 32, True)) and rows.name == "stored"
+    for name in (*CODECS[1:], "nested:64/2", "nested:32/3"):
         assert parse_codec(name).name == name
-    assert is_exact(Codec("bf16", 0), "bf16") and is_exact(Codec("f32", 0), "f16")
-    assert not is_exact(Codec("bf16", 0), "f16") and not is_exact(Codec("int8", 64), "bf16")
+    assert parse_codec("nested:64/4") == parse_codec("nested:64") == Codec("nested", 64, True, 4)
+    assert keeps_weights(Codec("bf16"), "bf16") and keeps_weights(Codec("f32"), "f16") and keeps_weights(tiles, "mxfp4")
+    assert not keeps_weights(Codec("bf16"), "f16") and not keeps_weights(Codec("int8", 64, True), "bf16")
+
+
+def test_what_a_trunk_can_be_kept_as() -> None:
+    assert parse_trunk_codec("stored") is None and parse_trunk_codec("int4:32") == Codec("int4", 32, True)
+    for name in ("bf16", "nested:64", "nonsense"):
+        with pytest.raises(InputError):
+            parse_trunk_codec(name)
 
 
 @settings(max_examples=60, deadline=None)
@@ -207,7 +219,8 @@ def test_records(name: str, d: int, f: int, gated: bool, bias: bool, seed: int) 
     spec = ExpertSpec(128 * d, 128 * f, gated=gated, bias=bias)
     codec = parse_codec(name)
     record = Record.of(spec, codec)
-    assert record.nbytes % 4096 == 0 and all(field.offset % 64 == 0 for field in record.fields)
+    assert all(size % 4096 == 0 for size in record.sizes) and all(field.offset % 64 == 0 for field in record.fields)
+    assert len(record.sizes) == (3 if codec.format == "nested" else 1) and sorted(set(record.sizes)) == list(record.sizes)
     ends = [0, *(field.offset + field.nbytes for field in record.fields)]
     assert all(field.offset >= end for field, end in zip(record.fields, ends, strict=False)) and ends[-1] <= record.nbytes
     w = made(seed, spec.d_model, spec.d_expert, gated, bias)
@@ -216,7 +229,8 @@ def test_records(name: str, d: int, f: int, gated: bool, bias: bool, seed: int) 
     record.write(coded, buffer)
     expert = record.view(buffer)
     same(weights_of(expert), weights_of(coded))
-    assert np.shares_memory(expert.up.data, buffer) and (expert.up.format, expert.up.group) == codec
+    held = expert.up.data if isinstance(expert.up, Matrix) else expert.up.parts[0]
+    assert np.shares_memory(held, buffer) and (expert.up.format, expert.up.group, not isinstance(expert.up, Matrix)) == codec[:3]
     again = np.empty_like(buffer)
     record.write(expert, again)
     np.testing.assert_array_equal(again, buffer)
@@ -229,8 +243,9 @@ def test_records(name: str, d: int, f: int, gated: bool, bias: bool, seed: int) 
             continue
         top = np.abs(x).reshape(len(x), -1, codec.group).max(-1, keepdims=True)
         error = np.abs(x - y).reshape(len(x), -1, codec.group)
-        # Half a step of rounding (a whole one at int4's clipped end, -8..7); MXFP4's coarsest step is 2 of at most 8.
-        bound = {"int8": top / 254, "int4": top / 8, "mxfp4": top / 4}[codec.format]
+        # Half a step of rounding (a whole one at int4's clipped end, -8..7); MXFP4's coarsest step is 2 of at most 8. The others
+        # may shrink a group's range, and a nested one starts from two bits.
+        bound = {"int8": top / 254, "int4": top / 8, "mxfp4": top / 4}.get(codec.format, top)
         assert (error <= bound * 1.01 + 1e-6).all()
     if bias:
         assert got.up_F is not None
@@ -243,6 +258,34 @@ def test_sizes_of_records() -> None:
     bits = {name: Record.of(spec, parse_codec(name)).nbytes * 8 / spec.parameters for name in CODECS[1:]}
     assert bits["f32"] == 32 and bits["bf16"] == bits["f16"] == 16
     assert bits["int8:64"] == 8.25 and bits["int4:32"] == 4.5 and bits["int4:128"] == 4.125 and bits["mxfp4"] == 4.25
+    nested = Record.of(spec, parse_codec("nested:64"))
+    assert [8 * size / spec.parameters for size in nested.sizes] == [2.375, 3.625, 4.875]
+
+
+def test_the_beginning_of_a_nested_record_is_a_coarser_expert() -> None:
+    spec = ExpertSpec(128, 64, bias=True)
+    record = Record.of(spec, parse_codec("nested:64"))
+    w = made(3, spec.d_model, spec.d_expert)
+    whole = np.empty(record.nbytes, np.uint8)
+    record.write(encode(w, record.codec), whole)
+    errors = []
+    for planes in (2, 3, 4):
+        some = whole[: record.size(planes)].copy()
+        expert = record.view(some, planes)
+        assert expert.up.planes == planes
+        same(weights_of(expert), weights_of(record.view(whole, planes)))
+        np.testing.assert_array_equal(expert.down_bias, w.down_D)
+        errors.append(float(np.square(weights_of(expert).up_FD - w.up_FD).mean()))
+    assert errors[0] > 1.5 * errors[1] > 2.25 * errors[2], "each plane takes a good part of the error away"
+    assert record.size() == record.size(4) == record.nbytes
+
+
+def test_rows_and_tiles_of_mxfp4_hold_the_same_values() -> None:
+    rng = np.random.default_rng(0)
+    rows = Matrix(rng.integers(0, 256, (40, 32), dtype=np.uint8), "mxfp4", rng.integers(100, 140, (40, 2), dtype=np.uint8))
+    tiles = encode_matrix(rows, parse_codec("mxfp4"))
+    np.testing.assert_array_equal(tiles.dequantise(), rows.dequantise())
+    assert encode_matrix(rows, parse_codec("stored", "mxfp4")) is rows and encode_matrix(tiles, parse_codec("mxfp4")) is tiles
 
 
 def test_codecs_that_do_not_fit() -> None:

@@ -1,6 +1,6 @@
 """Number formats of experts: as checkpoints store them (`source`), from one to another (`encode`), and in records (`packed`)."""
 
-from moestro.models.codecs.encode import CODECS, Codec, encode, is_exact, parse_codec
+from moestro.models.codecs.encode import CODECS, Codec, encode, encode_matrix, keeps_weights, parse_codec
 from moestro.models.codecs.packed import Record
 from moestro.models.codecs.source import decode, load, stored_format, view, weights_of
 
@@ -10,7 +10,8 @@ __all__ = [
     "Record",
     "decode",
     "encode",
-    "is_exact",
+    "encode_matrix",
+    "keeps_weights",
     "load",
     "parse_codec",
     "stored_format",
