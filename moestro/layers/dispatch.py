@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moestro.core.routing import Routing
+from moestro.layers.memory import fresh
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, starts: list[int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.starts = starts
-        out = x.new_empty(x.shape[0], weight.shape[1])
+        out = fresh(x, (x.shape[0], weight.shape[1]))
         for e, (a, b) in enumerate(pairwise(starts)):
             if b > a:
                 torch.mm(x[a:b], weight[e].t(), out=out[a:b])
@@ -133,8 +134,8 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
+        dx = fresh(x, x.shape) if ctx.needs_input_grad[0] else None
+        dw = fresh(weight, weight.shape) if ctx.needs_input_grad[1] else None
         for e, (a, b) in enumerate(pairwise(ctx.starts)):
             if b > a:
                 if dx is not None:
@@ -158,7 +159,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         (h,) = ctx.saved_tensors
         gate, up = h.chunk(2, -1)
-        out = torch.empty_like(h)
+        out = fresh(h, h.shape)
         d_gate, d_up = out.chunk(2, -1)
         torch.mul(grad, torch.nn.functional.silu(gate), out=d_up)
         d_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))

@@ -35,8 +35,10 @@ def one_thread():
 
 
 def config_with(name):
-    """The tiny model with this part in it."""
+    """The tiny model with this part in it; a bank of its own size stands behind the routed experts."""
     part = Part(name)
+    if name in BANKS and load(name, "experts")(site_of(CONFIG, 0, {})).num != CONFIG.num_experts:
+        return replace(CONFIG, special=(part,))
     field = {"loss": "losses", "tap": "taps"}.get(CARDS[name].kind)
     return replace(CONFIG, **({field: (part,)} if field else {CARDS[name].kind: part}))
 
