@@ -1,4 +1,4 @@
-"""`moestro show`: a plan's summary, or a trace's counts drawn layer by layer."""
+"""`moestro show`: a plan's summary, a trace's counts drawn layer by layer, or what a profile says."""
 
 from __future__ import annotations
 
@@ -18,25 +18,40 @@ EPILOG = """Examples:
 \b
   moestro show plan.json
   moestro show talk.trace
-  moestro show talk.trace --json"""
+  moestro show talk.trace --json
+  moestro show book.profile
+  moestro show book.profile --measure balance --measure srp:window=16"""
 
 
 def show(
-    file: Annotated[Path, typer.Argument(metavar="PLAN|TRACE", help="A plan (JSON) or a trace.")],
+    file: Annotated[Path, typer.Argument(metavar="PLAN|TRACE|PROFILE", help="A plan (JSON), a trace or a profile.")],
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[:OPTION=VALUE,...]", help="What this measure says of a profile.", show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what is in a plan or a trace."""
+    """Show what is in a plan, a trace or a profile."""
+    from moestro.cli.profile import show_profile
     from moestro.core.errors import InputError
     from moestro.core.plan import read_plan
     from moestro.core.trace import Trace
+    from moestro.profile.profile import is_profile
 
     if file.is_dir():
-        raise InputError(f"{file} is a folder", expected="a plan or a trace", fix=f"moestro inspect {file}")
+        raise InputError(f"{file} is a folder", expected="a plan, a trace or a profile", fix=f"moestro inspect {file}")
     try:
         with open(file, "rb") as f:
             is_plan = f.read(64).lstrip()[:1] == b"{"
     except FileNotFoundError as error:
-        raise InputError(f"there is no file {file}", expected="a plan or a trace") from error
+        raise InputError(f"there is no file {file}", expected="a plan, a trace or a profile") from error
+    if not is_plan and is_profile(file):
+        show_profile(file, measure, as_json)
+        return
+    if measure:
+        raise InputError(
+            f"{file} is no profile", expected="a profile with --measure", fix="moestro profile MODEL DATA -o PROFILE"
+        )
     if is_plan:
         plan = read_plan(file)
         if as_json:

@@ -7,6 +7,7 @@ MoestroError            exit code 2
   BudgetError           a memory budget that cannot work; `.smallest` is the least that can
   PlanError             a plan that does not fit the model or its files
   TraceError            a trace that cannot be read
+  ProfileError          a profile that cannot be read, or lacks what is asked of it
   StorageError          disk full, read-only target
   CoverageError         something would be skipped or dropped; exit code 1 unless allowed
 """
@@ -61,6 +62,10 @@ class PlanError(MoestroError):
 
 class TraceError(MoestroError):
     """A trace file that is truncated, of another version or of another model."""
+
+
+class ProfileError(MoestroError):
+    """A profile file that is truncated, of another version or of another model, or without the statistic asked for."""
 
 
 class StorageError(MoestroError):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from moestro.core.experts import Experts, ExpertSpec
+from moestro.core.experts import ExpertKey, Experts, ExpertSpec, ExpertWeights
 from moestro.core.routing import Array, RouteContext, Router, Routing
 
 
@@ -100,12 +100,17 @@ class MoELayer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LayerRecord:
-    """What one MoE layer did in one forward pass, for probes: the routing at the seam, and input/output if asked for."""
+    """What one MoE layer did in one forward pass, for probes: the routing at the seam, and input/output if asked for.
+
+    y_TD: the routed experts' weighted sum. residual_TD: the residual stream that x_TD was normalised from; None where the runner
+    does not know it.
+    """
 
     ordinal: int
     routing: Routing
     x_TD: Array | None = None
     y_TD: Array | None = None
+    residual_TD: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,4 +130,13 @@ class Runner(Protocol):
 
     def run(self, tokens_BT: list[list[int]], *, inputs: bool = False) -> Iterator[RunnerOutput]:
         """One output per sequence; with `inputs` the records hold each layer's x_TD and y_TD."""
+        ...
+
+
+@runtime_checkable
+class ExpertAccess(Protocol):
+    """A runner that also hands out its experts' weights, for probes that look inside them."""
+
+    def weights(self, key: ExpertKey) -> ExpertWeights:
+        """One expert as the runner computes with it: float arrays, output rows first. They are only to be read."""
         ...

@@ -19,7 +19,7 @@ import numpy as np
 from moestro.core.errors import StorageError, TraceError
 
 FORMAT = 1
-_DTYPES = {"I16": np.int16, "I32": np.int32, "U8": np.uint8, "F16": np.float16, "F32": np.float32}
+_DTYPES = {"I16": np.int16, "I32": np.int32, "I8": np.int8, "U8": np.uint8, "F16": np.float16, "F32": np.float32}
 _NAMES = {np.dtype(v): k for k, v in _DTYPES.items()}
 _FIELDS = {
     "tokens_T": "I32",
@@ -28,9 +28,9 @@ _FIELDS = {
     "steps_T": "I32",
     "prefill_T": "U8",
     "experts_LTK": "I16",
-    "weights_LTK": "F16",
 }
-_OPTIONAL = {"logits_LTE": "F16", "ahead_LTK": "I16"}
+_OPTIONAL = {"weights_LTK": "F16", "logits_LTE": "F16", "ahead_LTK": "I16"}
+_SMALL = 128  # layers of this many experts or fewer have their ids written in one byte
 
 
 class Step(NamedTuple):
@@ -46,7 +46,7 @@ class Trace:
     """What was routed where.
 
     tokens_T, sequences_T, positions_T: int32. steps_T: int32, the forward pass each token belonged to, non-decreasing.
-    prefill_T: uint8, 1 in prefill. experts_LTK: int16, -1 in empty slots. weights_LTK: float16.
+    prefill_T: uint8, 1 in prefill. experts_LTK: int16 or int8, -1 in empty slots. weights_LTK: float16, or None when not kept.
     logits_LTE: float16 or None. ahead_LTK: int16 or None; ahead_LTK[l] is what layer l's input predicts for layer l + 1.
     num_experts: E of each layer. model: fingerprint of the model. info: whatever the maker wants to say.
     """
@@ -57,7 +57,7 @@ class Trace:
     steps_T: np.ndarray
     prefill_T: np.ndarray
     experts_LTK: np.ndarray
-    weights_LTK: np.ndarray
+    weights_LTK: np.ndarray | None
     num_experts: tuple[int, ...]
     model: str
     logits_LTE: np.ndarray | None = None
@@ -103,6 +103,8 @@ class Trace:
         """Write to `path` through a temporary name. Raises StorageError when the target cannot be written."""
         path = Path(path).absolute()
         arrays = {name: np.ascontiguousarray(getattr(self, name), _DTYPES[dtype]) for name, dtype in _FIELDS.items()}
+        if max(self.num_experts, default=0) <= _SMALL:
+            arrays["experts_LTK"] = arrays["experts_LTK"].astype(np.int8)
         for name, dtype in _OPTIONAL.items():
             if (value := getattr(self, name)) is not None:
                 arrays[name] = np.ascontiguousarray(value, _DTYPES[dtype])
@@ -168,7 +170,7 @@ class Trace:
             for layer, (ids_TK, count) in enumerate(zip(arrays["experts_LTK"], num_experts, strict=True)):
                 if ids_TK.size and not -1 <= ids_TK.min() <= ids_TK.max() < count:
                     raise ValueError(f"layer {layer} of {count} experts has an expert {ids_TK.max()} or {ids_TK.min()}")
-            return cls(**arrays, num_experts=num_experts, model=said["model"], info=said["info"])
+            return cls(**{"weights_LTK": None, **arrays}, num_experts=num_experts, model=said["model"], info=said["info"])
         except FileNotFoundError as error:
             raise TraceError(f"there is no trace at {path}", fix="record one with `moestro run ... --trace FILE`") from error
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moestro.core.errors import InputError
-from moestro.core.experts import Experts
+from moestro.core.experts import ExpertKey, Experts, ExpertWeights
 from moestro.core.layer import LayerFacts, LayerRecord, ModelFacts, RunnerOutput
 from moestro.core.routing import RouteContext, Router, Routing
 from moestro.models.checkpoint import Checkpoint
@@ -45,7 +45,7 @@ class LiveLayer:
     """One MoE layer of a live module. Changes made here change what the module computes."""
 
     def __init__(self, seam: Seam) -> None:
-        self._seam = seam
+        self.seam = seam
         self._wire = Wire(seam)
         self._own = LiveRouter(seam, self._wire)
         self._router: Router = self._own
@@ -56,7 +56,7 @@ class LiveLayer:
 
     @property
     def facts(self) -> LayerFacts:
-        return self._seam.facts
+        return self.seam.facts
 
     @property
     def router(self) -> Router:
@@ -69,9 +69,9 @@ class LiveLayer:
     @property
     def shared(self) -> Callable[[Any], Any] | None:
         """x_TD -> y_TD of the experts that see every token, with their gate if they have one; None without."""
-        if any("shared" in name for name, _ in self._seam.block.named_children()):
-            return lambda x_TD: without_experts(self._seam, x_TD)
-        beside = [m for name, m in self._seam.decoder.named_children() if "shared" in name and m is not None]
+        if any("shared" in name for name, _ in self.seam.block.named_children()):
+            return lambda x_TD: without_experts(self.seam, x_TD)
+        beside = [m for name, m in self.seam.decoder.named_children() if "shared" in name and m is not None]
         return beside[0] if beside else None
 
     def route(self, x_TD: torch.Tensor, ctx: RouteContext | None = None) -> Routing:
@@ -98,15 +98,35 @@ class LiveLayer:
         if self._router is self._own:
             routing = Routing(index_TK, weights_TK, self._wire.logits_TE, self._wire.probs() if self._watchers else None)
         else:
-            routing = self._router(x_TD, replace(self.context, training=bool(self._seam.block.training)))
+            routing = self._router(x_TD, replace(self.context, training=bool(self.seam.block.training)))
         y_TD = self._experts.run(x_TD, routing)
         for fn in list(self._watchers.values()):
             fn(self.facts.ordinal, x_TD, routing, y_TD)
         return y_TD
 
 
+class Stream:
+    """Finds the residual stream before a layer's experts: what the norm took in whose result they are given. Stop it after the pass."""
+
+    def __init__(self, seam: Seam) -> None:
+        self._seen: list[tuple[Any, Any]] = []
+        norms = [m for m in seam.decoder.modules() if "norm" in type(m).__name__.lower()]
+        self._hooks = [m.register_forward_hook(lambda module, args, out: self._seen.append((args[0], out))) for m in norms]
+
+    def before(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """The norm's input, as wide as x_TD; x_TD itself in a family that normalises after its experts."""
+        for taken, made in reversed(self._seen):
+            if made.data_ptr() == x_TD.data_ptr() and taken.numel() == x_TD.numel():
+                return taken.reshape(x_TD.shape)
+        return x_TD
+
+    def stop(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
 class Model:
-    """A live transformers `module` with its MoE `layers`; a core Runner."""
+    """A live transformers `module` with its MoE `layers`; a core Runner with ExpertAccess."""
 
     def __init__(self, checkpoint: Checkpoint, layout: Layout, module: Any, found: tuple[Seam, ...]) -> None:
         self.checkpoint, self.layout, self.module = checkpoint, layout, module
@@ -115,6 +135,10 @@ class Model:
     @property
     def facts(self) -> ModelFacts:
         return self.layout.facts
+
+    def weights(self, key: ExpertKey) -> ExpertWeights:
+        """One expert as it is used now, also after `replace`."""
+        return self.layers[key.layer].experts.weights(key.expert)
 
     def run(self, tokens_BT: list[list[int]], *, inputs: bool = False) -> Iterator[RunnerOutput]:
         """Logits and records of each sequence, one forward pass each, without gradients. Raises InputError on bad token ids."""
@@ -133,11 +157,13 @@ class Model:
 
         ids_T = torch.tensor(tokens, dtype=torch.int64)
         records: dict[int, LayerRecord] = {}
+        streams = {layer.facts.ordinal: Stream(layer.seam) for layer in self.layers} if inputs else {}
 
         def record(ordinal: int, x_TD: Any, routing: Routing, y_TD: Any) -> None:
-            records[ordinal] = LayerRecord(ordinal, routing, x_TD if inputs else None, y_TD if inputs else None)
+            given = (x_TD, y_TD, streams[ordinal].before(x_TD)) if inputs else ()
+            records[ordinal] = LayerRecord(ordinal, routing, *given)
 
-        stops = [layer.watch(record) for layer in self.layers]
+        stops = [layer.watch(record) for layer in self.layers] + [stream.stop for stream in streams.values()]
         before = [layer.context for layer in self.layers]
         for layer in self.layers:
             layer.context = replace(

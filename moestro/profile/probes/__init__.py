@@ -1,0 +1,1 @@
+"""One probe per file: what is counted or summed while a model reads."""
