@@ -1,4 +1,8 @@
-"""Keys and values of one sequence, in room reserved at once; pages that were never written cost nothing."""
+"""Keys and values of one sequence, in room reserved at once; pages that were never written cost nothing.
+
+A layer with a window keeps only what later tokens can see. Positions move to the front of its room by multiples of SPAN, at
+which attention begins its sums, so that what was dropped changes no bit.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,32 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moestro.kernels.convert import to_bf16
+from moestro.kernels.attention import SPAN
+from moestro.kernels.put import put
 from moestro.kernels.reader import aligned
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
 class Room(NamedTuple):
-    """What one layer keeps per token: `heads` keys of `keys` numbers and values of `values`; 0 values: they are the keys' first `shared` numbers."""
+    """What one layer keeps per token: `heads` keys of `keys` numbers and values of `values`; 0 values: they are the keys' first `shared` numbers.
+
+    window: tokens that attention looks back, its own included; 0: all.
+    """
 
     heads: int
     keys: int
     values: int
     shared: int = 0
+    window: int = 0
+
+
+class Held(NamedTuple):
+    """keys_SKd, values_SKv: views of positions first .. first + S of the sequence."""
+
+    keys_SKd: np.ndarray
+    values_SKv: np.ndarray
+    first: int
 
 
 class SequenceCache:
@@ -30,48 +47,71 @@ class SequenceCache:
 
     def __init__(self, rooms: Sequence[Room], capacity: int, dtype: str) -> None:
         self.length = 0
-        self.rooms, self.capacity = tuple(rooms), max(1, capacity)
         self._dtype = np.dtype(DTYPES[dtype])
-        self._keys = [self._reserve(room.heads, self.capacity, room.keys) for room in self.rooms]
-        self._values = [self._reserve(room.heads, self.capacity, room.values) if room.values else None for room in self.rooms]
+        self._layers = [_LayerCache(room, max(1, capacity), self._dtype) for room in rooms]
 
-    def _reserve(self, heads: int, tokens: int, width: int) -> np.ndarray:
-        room = aligned(heads * tokens * width * self._dtype.itemsize)
-        return room.view(self._dtype).reshape(heads, tokens, width)
-
-    def put(self, layer: int, keys_TKd: np.ndarray, values_TKv: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Write float32 keys (and values) behind what is held; (keys_SKd, values_SKv) of all tokens, as views."""
-        stop = self.length + len(keys_TKd)
-        if stop > self.capacity:
-            self._grow(max(stop, self.capacity + self.capacity // 2))
-        keys, values = self._keys[layer], self._values[layer]
-        self._write(keys, keys_TKd, stop)
-        if values is None:
-            shared = keys[:, :stop, : self.rooms[layer].shared]
-            return keys[:, :stop].transpose(1, 0, 2), shared.transpose(1, 0, 2)
-        assert values_TKv is not None
-        self._write(values, values_TKv, stop)
-        return keys[:, :stop].transpose(1, 0, 2), values[:, :stop].transpose(1, 0, 2)
-
-    def _write(self, room_KSd: np.ndarray, new_TKd: np.ndarray, stop: int) -> None:
-        if self._dtype == np.uint16:
-            new_TKd = to_bf16(new_TKd)
-        room_KSd[:, self.length : stop] = new_TKd.transpose(1, 0, 2)
+    def put(self, layer: int, keys_TKd: np.ndarray, values_TKv: np.ndarray | None = None) -> Held:
+        """Write float32 keys (and values) behind what is held; all that the new tokens may see."""
+        return self._layers[layer].put(self.length, keys_TKd, values_TKv)
 
     def advance(self, tokens: int) -> None:
         """The tokens that were put in every layer now belong to the sequence."""
         self.length += tokens
 
-    def _grow(self, capacity: int) -> None:
-        for held in (self._keys, self._values):
-            for layer, old in enumerate(held):
-                if old is not None:
-                    new = self._reserve(old.shape[0], capacity, old.shape[2])
-                    new[:, : self.capacity] = old
-                    held[layer] = new
-        self.capacity = capacity
-
     @property
     def nbytes(self) -> int:
         """Bytes reserved."""
-        return sum(a.nbytes for a in (*self._keys, *self._values) if a is not None)
+        return sum(layer.nbytes for layer in self._layers)
+
+
+class _LayerCache:
+    """first: position of the sequence that lies at the front of the room; a multiple of SPAN."""
+
+    def __init__(self, room: Room, capacity: int, dtype: np.dtype) -> None:
+        self.room, self.first, self._dtype = room, 0, dtype
+        self.capacity = min(capacity, self._enough(1)) if room.window else capacity
+        self._reserve()
+
+    def _enough(self, tokens: int) -> int:
+        """Room for a window before `tokens` new ones, and a SPAN, so that the front moves once in SPAN tokens."""
+        return self.room.window + SPAN + tokens
+
+    def _reserve(self) -> None:
+        room = self.room
+        self._keys = self._array(room.heads, room.keys)
+        self._values = self._array(room.heads, room.values) if room.values else None
+
+    def _array(self, heads: int, width: int) -> np.ndarray:
+        nbytes = heads * self.capacity * width * self._dtype.itemsize
+        return aligned(nbytes).view(self._dtype).reshape(heads, self.capacity, width)
+
+    def put(self, length: int, keys_TKd: np.ndarray, values_TKv: np.ndarray | None) -> Held:
+        if length + len(keys_TKd) - self.first > self.capacity:
+            self._make_room(length, len(keys_TKd))
+        at = length - self.first
+        stop = at + len(keys_TKd)
+        put(self._keys, keys_TKd, at)
+        keys_SKd = self._keys[:, :stop].transpose(1, 0, 2)
+        if self._values is None:
+            return Held(keys_SKd, keys_SKd[:, :, : self.room.shared], self.first)
+        assert values_TKv is not None
+        put(self._values, values_TKv, at)
+        return Held(keys_SKd, self._values[:, :stop].transpose(1, 0, 2), self.first)
+
+    def _make_room(self, length: int, tokens: int) -> None:
+        """Drop what no token from position `length` on can see; get more room if that is not enough."""
+        seen = max(0, length + 1 - self.room.window) // SPAN * SPAN if self.room.window else 0
+        kept = slice(seen - self.first, length - self.first)
+        keys, values, had = self._keys, self._values, self.capacity
+        needed = length + tokens - seen
+        if needed > had:
+            self.capacity = self._enough(tokens) if self.room.window else max(needed, had + had // 2)
+            self._reserve()
+        for old, new in ((keys, self._keys), (values, self._values)):
+            if old is not None and new is not None:
+                new[:, : kept.stop - kept.start] = old[:, kept]
+        self.first = seen
+
+    @property
+    def nbytes(self) -> int:
+        return self._keys.nbytes + (0 if self._values is None else self._values.nbytes)

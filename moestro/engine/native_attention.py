@@ -66,7 +66,7 @@ class GroupedAttention:
 
     @property
     def room(self) -> Room:
-        return Room(self.at.kv_heads, self.at.width, self.at.width)
+        return Room(self.at.kv_heads, self.at.width, self.at.width, window=self.at.window)
 
     def __call__(self, x_ND: np.ndarray, step: Step, layer: int, out_ND: np.ndarray) -> None:
         at, rows, take = self.at, len(x_ND), step.scratch.take
@@ -84,12 +84,12 @@ class GroupedAttention:
             rotate(heads, step.cos_NR, step.sin_NR, interleaved=self.interleaved)
         seen = take("seen", rows, at.heads, at.width)
         for cache, part in step.sequences:
-            keys, values = cache.put(layer, k[part], v[part])
+            held = cache.put(layer, k[part], v[part])
             attend(
                 q[part],
-                keys,
-                values,
-                lengths_T=step.lengths_N[part],
+                held.keys_SKd,
+                held.values_SKv,
+                lengths_T=step.lengths_N[part] - held.first if held.first else step.lengths_N[part],
                 scale=at.scale,
                 window=at.window,
                 sinks_H=self.sinks,
@@ -148,11 +148,11 @@ class LatentAttention:
             linear(q[:, head, : at.nope], matrix, out_TR=asked[:, head, : at.rank], threads=threads)
         asked[:, :, at.rank :] = q[:, :, at.nope :]
         for cache, part in step.sequences:
-            keys, values = cache.put(layer, key[part])
+            held = cache.put(layer, key[part])
             attend(
                 asked[part],
-                keys,
-                values,
+                held.keys_SKd,
+                held.values_SKv,
                 lengths_T=step.lengths_N[part],
                 scale=at.scale,
                 threads=step.threads,

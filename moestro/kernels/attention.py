@@ -11,6 +11,7 @@ import numpy as np
 from moestro.kernels import native
 from moestro.kernels.convert import to_f32
 
+SPAN = 128  # keys softened together; spans begin at its multiples (csrc/attention.hpp)
 _CACHES = ("float32", "float16", "uint16")
 
 

@@ -27,23 +27,21 @@ def sort_pairs(experts_TK: np.ndarray, weights_TK: np.ndarray, num_experts: int)
     """
     experts_TK = np.ascontiguousarray(experts_TK, np.int64)
     weights_TK = np.ascontiguousarray(weights_TK, np.float32)
-    assert experts_TK.shape == weights_TK.shape
-    if experts_TK.size and int(experts_TK.max()) >= num_experts:
-        raise ValueError(f"expert {int(experts_TK.max())} was routed to, but there are {num_experts}")
     module = native.extension()
     if module is None:
         return reference_sort_pairs(experts_TK, weights_TK, num_experts)
-    tokens, slots = experts_TK.shape
-    pairs = int(np.count_nonzero(experts_TK >= 0))
-    token_N, slot_N, expert_N = (np.empty(pairs, np.int64) for _ in range(3))
-    weight_N, starts_E1 = np.empty(pairs, np.float32), np.zeros(num_experts + 1, np.int64)
-    arrays = (experts_TK, weights_TK, token_N, slot_N, expert_N, weight_N, starts_E1)
-    module.sort_pairs(*(array.ctypes.data for array in arrays), tokens, slots, num_experts)
-    return Sorted(token_N, slot_N, expert_N, weight_N, starts_E1)
+    room = experts_TK.size
+    three, weight_N, starts_E1 = np.empty((3, room), np.int64), np.empty(room, np.float32), np.empty(num_experts + 1, np.int64)
+    token_N, slot_N, expert_N = three
+    pairs = module.sort_pairs(experts_TK, weights_TK, token_N, slot_N, expert_N, weight_N, starts_E1)
+    return Sorted(token_N[:pairs], slot_N[:pairs], expert_N[:pairs], weight_N[:pairs], starts_E1)
 
 
 def reference_sort_pairs(experts_TK: np.ndarray, weights_TK: np.ndarray, num_experts: int) -> Sorted:
     """`sort_pairs` in numpy."""
+    assert experts_TK.shape == weights_TK.shape
+    if experts_TK.size and int(experts_TK.max()) >= num_experts:
+        raise ValueError(f"expert {int(experts_TK.max())} was routed to, but there are {num_experts}")
     flat = experts_TK.reshape(-1)
     kept = np.flatnonzero(flat >= 0)
     kept = kept[np.argsort(flat[kept], kind="stable")]

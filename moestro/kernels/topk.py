@@ -21,7 +21,7 @@ def topk(scores_TE: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     if module is None:
         return reference_topk(scores_TE, k)
     ids_TK, values_TK = np.empty((tokens, k), np.int64), np.empty((tokens, k), np.float32)
-    module.topk(scores_TE.ctypes.data, tokens, experts, k, ids_TK.ctypes.data, values_TK.ctypes.data)
+    module.topk(scores_TE, ids_TK, values_TK)
     return ids_TK, values_TK
 
 

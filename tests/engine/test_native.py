@@ -17,6 +17,7 @@ from moestro.engine.engine import Engine
 from moestro.engine.native import NativeTrunk, choose_trunk
 from moestro.engine.sample import SamplingParams
 from moestro.engine.trunk import TransformersTrunk, Trunk
+from moestro.kernels.attention import attend
 from moestro.models.families.settings import Settings
 from moestro.models.native import native_supported
 from moestro.models.native.rope import parameters, rope
@@ -337,15 +338,37 @@ def test_the_cache_grows_and_keeps_what_it_holds():
     all_keys, all_values, latents = (rng.standard_normal(s).astype(np.float32) for s in ((9, 2, 3), (9, 2, 4), (9, 1, 5)))
     for part in (slice(0, 3), slice(3, 4), slice(4, 9)):
         before = cache.nbytes
-        keys, values = cache.put(0, all_keys[part], all_values[part])
-        latent, shared = cache.put(1, latents[part])
+        keys, values, first = cache.put(0, all_keys[part], all_values[part])
+        latent, shared, _ = cache.put(1, latents[part])
         cache.advance(part.stop - part.start)
         assert (cache.nbytes > before) == (part.stop == 9)
     np.testing.assert_array_equal(keys, all_keys)
     np.testing.assert_array_equal(values, all_values)
     np.testing.assert_array_equal(latent, latents)
     np.testing.assert_array_equal(shared, latents[..., :2])
-    assert cache.length == 9
+    assert cache.length == 9 and first == 0
+
+
+@pytest.mark.parametrize("window", [1, 5, 128, 200])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_window_keeps_little_and_changes_no_bit(window, dtype):
+    rng = np.random.default_rng(window)
+    tokens, heads, width = 900, 2, 8
+    q, k, v = (rng.standard_normal((tokens, heads, width)).astype(np.float32) for _ in range(3))
+    whole, small = SequenceCache([Room(2, 8, 8)], tokens, dtype), SequenceCache([Room(2, 8, 8, window=window)], tokens, dtype)
+    reserved, at = [], 0
+    while at < tokens:
+        part = slice(at, min(tokens, at + int(rng.choice([1, 1, 1, 7, 90]))))
+        outs = []
+        for cache in (whole, small):
+            held = cache.put(0, k[part], v[part])
+            lengths = np.arange(part.start + 1, part.stop + 1) - held.first
+            outs.append(attend(q[part], *held[:2], lengths_T=lengths, scale=0.3, window=window, threads=1))
+            cache.advance(part.stop - part.start)
+        np.testing.assert_array_equal(*outs)
+        reserved.append(small.nbytes)
+        at = part.stop
+    assert max(reserved) <= whole.nbytes * (window + 128 + 90) / tokens
 
 
 def test_a_pass_that_is_broken_off_can_be_repeated(tiny, native):

@@ -18,6 +18,7 @@ from moestro.kernels.combine import combine, reference_combine
 from moestro.kernels.convert import reference_to_bf16, reference_to_f32, split_gate_up, to_bf16, to_f32, transpose
 from moestro.kernels.ffn import MXFP4_VALUES
 from moestro.kernels.permute import reference_sort_pairs, sort_pairs
+from moestro.kernels.put import put, reference_put
 from moestro.kernels.quantise import encode_int4, encode_int8, encode_mxfp4, reference_encode
 from moestro.kernels.topk import reference_topk, topk
 
@@ -52,6 +53,34 @@ def test_sort_and_combine(level, route):
 def test_sort_refuses_an_expert_that_is_not_there(level):
     with pytest.raises(ValueError, match="expert 4"):
         sort_pairs(np.array([[4]]), np.ones((1, 1), np.float32), 4)
+
+
+def test_combine_refuses_pairs_that_do_not_fit(level):
+    rows, ids, ones = np.ones((2, 3), np.float32), np.array([0, 1]), np.ones(2, np.float32)
+    for token, slot, y in ((ids + 1, ids, (2, 3)), (ids - 1, ids, (2, 3)), (ids, ids - 1, (2, 3)), (ids[:1], ids, (2, 3)), (ids, ids, (2, 4))):  # fmt: skip
+        with pytest.raises(ValueError):
+            combine(rows, token, slot, ones, np.zeros(y, np.float32))
+
+
+@given(
+    sizes=st.tuples(st.integers(0, 5), st.integers(1, 3), st.integers(1, 9), st.integers(0, 4)),
+    dtype=st.sampled_from([np.float32, np.float16, np.uint16]),
+    seed=st.integers(0, 99),
+)
+@COMMON
+def test_put(level, sizes, dtype, seed):
+    (tokens, heads, width, at), rng = sizes, np.random.default_rng(seed)
+    rows = rng.choice(np.float32([0, -0.0, 1 / 3, 1e-7, 6e-8, 65519, 7e4, -np.inf, np.nan, 1.00390625]), (heads, tokens, width))
+    rows = rows.transpose(1, 0, 2)
+    room, expected = (np.zeros((heads, at + tokens + 2, width), dtype) for _ in range(2))
+    put(room, rows, at)
+    reference_put(expected, rows, at)
+    np.testing.assert_array_equal(room.view(np.uint8), expected.view(np.uint8))
+    for wrong in (-1, at + 3):
+        with pytest.raises(ValueError):
+            put(room, rows, wrong)
+    with pytest.raises(ValueError):
+        put(room[:, :, :-1], rows, at)
 
 
 @given(

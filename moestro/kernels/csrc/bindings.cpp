@@ -1,5 +1,5 @@
-// With trunk_bindings.cpp the only files that know Python. Here addresses come as integers: the Python side has checked dtypes,
-// shapes and strides.
+// With trunk_bindings.cpp and routing_bindings.cpp the only files that know Python. Here addresses come as integers: the Python side
+// has checked dtypes, shapes and strides.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
@@ -62,22 +62,6 @@ NB_MODULE(_native, m) {
     });
     m.def("ffn_scratch_bytes", &ffn_scratch_bytes);
 
-    m.def("combine", [](Address out, Address token, Address slot, Address weight, Address y, int64_t pairs, int64_t tokens,
-                        int64_t width, int64_t slots, int threads) {
-        Unlocked unlocked;
-        combine(at<const float>(out), at<const int64_t>(token), at<const int64_t>(slot), at<const float>(weight), at<float>(y), pairs,
-                tokens, width, slots, threads);
-    });
-    m.def("topk", [](Address scores, int64_t tokens, int64_t experts, int64_t k, Address ids, Address values) {
-        Unlocked unlocked;
-        topk(at<const float>(scores), tokens, experts, k, at<int64_t>(ids), at<float>(values));
-    });
-    m.def("sort_pairs", [](Address experts, Address weights, Address token, Address slot, Address expert, Address weight,
-                           Address starts, int64_t tokens, int64_t slots, int64_t num_experts) {
-        Unlocked unlocked;
-        sort_pairs(at<const int64_t>(experts), at<const float>(weights), at<int64_t>(token), at<int64_t>(slot), at<int64_t>(expert),
-                   at<float>(weight), at<int64_t>(starts), tokens, slots, num_experts);
-    });
     m.def("quantise", [](Address w, int64_t rows, int64_t cols, int kind, int group, Address data, Address scales, bool half,
                          int threads) {
         Unlocked unlocked;
@@ -101,6 +85,7 @@ NB_MODULE(_native, m) {
     });
 
     bind_trunk(m);
+    bind_routing(m);
 
     using Request = std::tuple<int64_t, int64_t, int64_t, Address>;
     nb::class_<Queue>(m, "Queue")

@@ -1,4 +1,4 @@
-// Shared by the two files that know Python.
+// Shared by the files that know Python.
 #pragma once
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
@@ -16,5 +16,6 @@ using PackedMatrix = std::array<int64_t, 9>;  // Matrix.pack()
 MatrixRef matrix_of(const PackedMatrix& packed);
 
 void bind_trunk(nanobind::module_& m);
+void bind_routing(nanobind::module_& m);
 
 }  // namespace moestro
