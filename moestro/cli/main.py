@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import moestro
-from moestro.cli import apply, diff, doctor, errors, inspect, methods, plan, profile, replay, run, show
+from moestro.cli import apply, diff, doctor, errors, inspect, methods, plan, profile, replay, run, show, train
 
 EPILOG = """Examples:
 
@@ -30,7 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for module in (inspect, run, profile, plan, show, diff, apply, replay, methods, doctor):
+for module in (inspect, run, train, profile, plan, show, diff, apply, replay, methods, doctor):
     module.register(app)
 
 

@@ -1,0 +1,162 @@
+"""`moestro train`: train an MoE language model from a configuration or a recipe, and keep it as a checkpoint that loads anywhere."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moestro.cli.arguments import Json, Quiet, Threads
+from moestro.cli.errors import INTERRUPTED, bad_argument
+from moestro.cli.output import emit, say
+
+if TYPE_CHECKING:
+    from moestro.train.config import TrainConfig
+    from moestro.train.loop import Loop
+
+EPILOG = """Examples:
+
+\b
+  moestro train tiny -o ./run                            a recipe: learns in under a minute, on text that Python carries
+  moestro train tiny --data ./texts -o ./run --steps 500   each folder inside ./texts is a domain
+  moestro train config.json --data law=./law.jsonl --data installed:code -o ./run
+  moestro train mixed -o ./run --set optimiser.rate=0.002 --set model.router=switch
+  moestro train --resume ./run                           after Ctrl-C, a kill or a crash: the same losses, bit for bit
+  torchrun --nproc-per-node 2 -m moestro train mixed -o ./run
+
+--data is [DOMAIN=]WHERE: a text, JSON-lines or Parquet file, a folder, a pattern with *, installed[:DOMAIN] (what this
+Python carries), or hub:org/name[@revision][:PATTERN]. The run's folder gets model/ (weights, configuration, tokenizer),
+log.jsonl (every step), train.json, checkpoints/ and tokens/. Ctrl-C ends after the current step with a checkpoint."""
+
+
+def train(
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="A JSON file, or a recipe: tiny, mixed.", show_default=False)
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[DOMAIN=]WHERE", help="Text; may be given several times.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "--out", "-o", metavar="FOLDER", help="The run's folder.", show_default=False)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.", show_default=False)] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Any setting of the configuration, such as batch=32.", show_default=False
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Continue the run in this folder.", show_default=False)
+    ] = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> int:
+    """Train a model with the routers, losses and architectures of `moestro methods`."""
+    if (resume is None) == (output is None):
+        bad_argument(
+            "neither --output nor --resume" if resume is None else "both --output and --resume",
+            "--output FOLDER for a new run, --resume FOLDER for one that was stopped",
+        )
+    if resume is None and config is None:
+        bad_argument("no configuration", "a JSON file or a recipe", "moestro train tiny -o ./run")
+    import torch
+
+    from moestro.train.config import changed, read_config
+    from moestro.train.parallel import joined
+    from moestro.train.session import keep, locked, reopen, start
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    given: dict[str, Any] = {"data__sources": data, "steps": steps}
+
+    def change(saved: dict[str, Any]) -> TrainConfig:
+        return changed(saved, settings or (), **given) if config is None else read_config(config, settings or (), **given)
+
+    folder = resume or output
+    assert folder is not None
+    with joined() as group, locked(folder, group, new=resume is None), stopping() as stop:
+        report = Progress(quiet or not group.first)
+        loop = start(change({}), folder, group, report) if resume is None else reopen(folder, group, report, change)
+        report.begin(loop)
+        summary = loop.run(stop)
+        if summary["stopped"]:
+            if group.first:
+                say(f"stopped after step {summary['steps']} of {summary['of']}; to go on: moestro train --resume {folder}")
+            return INTERRUPTED
+        if not group.first:
+            return 0
+        result = {"output": str(folder), **keep(loop), **summary}
+    if as_json:
+        emit(result)
+    else:
+        print(told(result))
+    return 0
+
+
+def told(result: dict[str, Any]) -> str:
+    """The account for people."""
+    lines = [f"{result['steps']} steps, {result['tokens']:,} tokens at {result['tokens_per_second']:,.0f}/s: {result['model']}"]
+    if found := result["evaluation"]:
+        lines.append(f"held out: loss {found['loss']:.4f} nats per token, {found['bits_per_byte']:.4f} bits per byte")
+        lines.append("  " + "  ".join(f"{name} {loss:.3f}" for name, loss in found["domains"].items()))
+    return "\n".join(lines)
+
+
+class Progress:
+    """Lines on stderr: every `log_every` steps, and each evaluation."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet, self.every, self.steps = quiet, 1, 0
+
+    def begin(self, loop: Loop) -> None:
+        self.every, self.steps = loop.config.log_every, loop.config.steps
+        if not self.quiet:
+            names = ", ".join(f"{d.name} {d.tokens:,}" for d in loop.stream.tokens.domains)
+            total = sum(p.numel() for p in loop.parameters)
+            say(f"{total:,} parameters; tokens by domain: {names}")
+            if loop.step:
+                say(f"going on after step {loop.step}")
+
+    def __call__(self, entry: dict[str, Any]) -> None:
+        if self.quiet:
+            return
+        at = f"step {entry['step']:>{len(str(self.steps))}}/{self.steps}"
+        if found := entry.get("evaluation"):
+            say(f"{at}  held out: loss {found['loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte")
+        elif entry["step"] % self.every == 0 or entry["step"] in (1, self.steps):
+            parts = [at, f"loss {entry['loss']:.4f}", f"rate {entry['rate']:.2e}", f"{entry['tokens_per_second']:,.0f} tokens/s"]
+            if "maxvio" in entry:
+                parts += [f"MaxVio {entry['maxvio']:.2f}", f"active {entry['active']:.2f}", f"dropped {entry['dropped']:.1%}"]
+            left = (self.steps - entry["step"]) * entry["seconds"]
+            say("  ".join([*parts, f"{left // 60:.0f} min {left % 60:.0f} s left"]))
+
+
+@contextmanager
+def stopping() -> Iterator[Any]:
+    """Turns the first Ctrl-C or SIGTERM into a wish that the loop sees after its step; the second Ctrl-C ends at once."""
+    wished: list[int] = []
+
+    def wish(number: int, frame: Any) -> None:
+        if wished and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        wished.append(number)
+        print("\nstopping after this step, with a checkpoint; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(wished)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog=EPILOG)(train)
