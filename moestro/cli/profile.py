@@ -62,6 +62,14 @@ def profile(
             "--for", metavar="METHOD", help="Run what this method needs, and counts; may be repeated.", show_default=False
         ),
     ] = None,
+    ppl: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PERCENT",
+            help="Search how many neurons can be skipped until perplexity rises by so much; reads the text 14 times more.",
+            show_default=False,
+        ),
+    ] = None,
     trace_tokens: Annotated[int, typer.Option(min=0, help="Tokens of the trace kept beside the profile; 0 for none.")] = 65536,
     trace_weights: Annotated[bool, typer.Option("--trace-weights", help="Keep the weights in the trace too.")] = False,
     memory: Memory = None,
@@ -91,6 +99,12 @@ def profile(
         )
     if runner not in ("auto", "engine", "transformers"):
         bad_argument(f"--runner is {runner!r}", "auto, engine or transformers")
+    if ppl is not None:
+        if runner == "engine" or memory is not None:
+            bad_argument(
+                "--ppl changes the model's experts, which the engine does not let it", "a model in memory", "leave out --memory"
+            )
+        runner = "transformers"
     documents = read(data, label="none" if label == "part" else label, text_column=text_column)
     name = with_revision(model, revision)
     with _opened(name, runner, memory, dtype, threads, length) as running:
@@ -106,7 +120,7 @@ def profile(
             part=part,
             by_part=label == "part",
         )
-        probes = choose(probe, methods, running, texts)
+        probes = choose([*(probe or ()), *(["sparsity"] if ppl is not None else ())], methods, running, texts)
         recording = Recording(running, texts, probes, trace_tokens=trace_tokens, trace_weights=trace_weights)
         if resume and partial.exists():
             recording.restore(partial)
@@ -117,6 +131,11 @@ def profile(
         with progress("profiling", "tokens", quiet or as_json) as report:
             recording.run(running, save=partial, progress=report)
         made = recording.profile()
+        if ppl is not None:
+            from moestro.profile.skipping import ppl_sparsity
+
+            with progress("searching", "steps", quiet or as_json) as report:
+                made.info["ppl_sparsity"] = ppl_sparsity(running, texts, made, ppl, report)
     made.save(output)
     partial.unlink(missing_ok=True)
     covered = coverage(made)
