@@ -77,6 +77,10 @@ def run(
     scope: Scope = None,
     trunk: TrunkChoice = None,
     trunk_codec: TrunkCodecChoice = None,
+    quality: Annotated[
+        int | None,
+        typer.Option(min=2, max=4, help="Use at most this many bits of experts packed as nested.", show_default=False),
+    ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", "--n-predict", help="Tokens of the answer at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Only the k likeliest; 0: all.")] = 0,
@@ -125,6 +129,14 @@ def run(
     if trace is not None:
         check_target(trace)
     options = residency_options(context, dtype, eviction, predictor, scope, trunk, trunk_codec)
+    if quality is not None:
+        if store is None:
+            bad_argument(
+                "there is a --quality and no --store",
+                "experts packed as nested:G",
+                "moestro apply PLAN --codec nested:32 -o FOLDER",
+            )
+        options["planes"] = quality
     if plan is None and prompts is not None and len(prompts) > 1:
         options["batch"] = min(len(prompts), MOST_AT_ONCE)
     with open_engine(model, revision, memory, plan, store, threads, trace is not None, options, quiet or as_json) as engine:

@@ -67,7 +67,8 @@ class ExpertCache:
         self._torn = False  # an error broke off what belongs together: some residents may have no bytes
         self._landing: dict[int, int] = {}  # slots that a read nobody wants any more is still filling, and its ticket
         self._made: dict[int, Views] = {}  # of each slot
-        self._pool = aligned(sum(table.slots) * store.slot_bytes)
+        self._slot_bytes = store.slot_bytes
+        self._pool = aligned(sum(table.slots) * self._slot_bytes)
 
     @property
     def pool_bytes(self) -> int:
@@ -80,7 +81,7 @@ class ExpertCache:
 
     def slot(self, number: int) -> np.ndarray:
         """The bytes of one slot."""
-        size = self.store.slot_bytes
+        size = self._slot_bytes
         return self._pool[number * size : (number + 1) * size]
 
     @contextlib.contextmanager
@@ -195,6 +196,15 @@ class ExpertCache:
                 self.reader.wait(ticket)
         self._landing.clear()
         self.tickets = {key: ticket for key, ticket in self.tickets.items() if key in self.table}
+
+    def forget(self) -> None:
+        """Empty every slot, as before the store gives other bytes for the same experts. No expert may be in use."""
+        self.drain()
+        for key in self.table.residents():
+            self.table.drop(key)
+        self.views.clear()
+        self.tickets.clear()
+        self._made.clear()
 
     def reset(self) -> None:
         """Start counting anew; what is in memory stays."""

@@ -33,7 +33,7 @@ from moestro.engine.trunk import State, TransformersTrunk, Trunk, has_recurrent_
 from moestro.kernels.native import cores
 from moestro.kernels.reader import READERS, Reader
 from moestro.models.checkpoint import Checkpoint
-from moestro.models.codecs.encode import ROUNDED
+from moestro.models.codecs.encode import PLANES, ROUNDED
 from moestro.models.layout import Layout
 
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
@@ -102,6 +102,7 @@ class Engine:
         store: str | Path | ExpertStore | None = None,
         threads: int | None = None,
         trace: bool = False,
+        planes: int = 0,
         **options: Any,
     ) -> Self:
         """Open a checkpoint and load its trunk.
@@ -113,6 +114,7 @@ class Engine:
             store: a folder of packed experts, or a store; by default the checkpoint itself.
             threads: of the arithmetic; by default the cores this process may use.
             trace: record what is routed; see `trace`.
+            planes: at most so many bits of each nested expert; see `limit`.
             options: for `plan_residency` (context, batch, chunk, dtype, eviction, predictor, trunk, ...).
 
         Raises:
@@ -145,6 +147,8 @@ class Engine:
                 options.setdefault("codec", store.codec)
             options["trunk"] = choose_trunk(checkpoint, layout, options.get("trunk", "auto"), options.get("dtype", "auto"))
             if isinstance(store, PackedStore):
+                if planes:
+                    store.limit(store.cap(_checked(planes)))  # before the plan, whose slots it makes smaller
                 options.setdefault("precision", store.precision())
                 if options["trunk"] == "native":
                     options.setdefault("trunk_codec", store.trunk_codec)
@@ -152,7 +156,14 @@ class Engine:
                 options.setdefault("chunk", min(options.get("context") or 2048, layout.facts.context))
             budget = memory if memory is not None else accounting.available() * 9 // 10 + accounting.usage().resident
             plan = plan_residency(checkpoint, layout, budget, **options)
-        return cls(checkpoint, layout, plan, store=store, threads=threads, trace=trace)
+        engine = cls(checkpoint, layout, plan, store=store, threads=threads, trace=trace)
+        if planes:
+            try:
+                engine.limit(planes)
+            except BaseException:
+                engine.close()
+                raise
+        return engine
 
     def close(self) -> None:
         """Stop reading and close the experts' files. Idempotent. The memory goes with the engine itself."""
@@ -199,6 +210,8 @@ class Engine:
         if self.plan.trunk_codec != "stored":
             out.append(f"the trunk's matrices are kept as {self.plan.trunk_codec}")
             out.append(ROUNDED)
+        if self.plan.precision is not None and self.plan.precision.bound:
+            out.append(self.plan.precision.summary())
         return tuple(dict.fromkeys(out))
 
     def _packed(self) -> str:
@@ -288,6 +301,23 @@ class Engine:
             raise
         finally:
             self._step += 1
+
+    def limit(self, planes: int) -> None:
+        """From now on use at most this many bits (2, 3 or 4) of each nested expert: fewer bytes are read, and what is in memory is read anew.
+
+        Between generations only. Raises InputError when the experts are not packed as nested.
+        """
+        if not isinstance(self.store, PackedStore):
+            raise InputError(
+                "the experts are not packed", expected="experts packed as nested:G", fix="pack them with `moestro apply`"
+            )
+        if self.plan.precision is not None:
+            self.store.follow(self.plan.precision)
+        else:
+            self.store.limit([[0] * len(row) for row in self.store.planes_LE])
+        self.store.limit(self.store.cap(_checked(planes)))
+        self.cache.forget()
+        self.changes, self.packed = self._changes(), self._packed()
 
     def begin(self) -> None:
         """Before a generation: the files must still be the ones that were opened, and counts start anew. Raises CheckpointError."""
@@ -379,6 +409,12 @@ class Engine:
         if self.recorder is None:
             raise InputError("nothing was recorded", fix="open the engine with trace=True, or run with --trace FILE")
         return self.recorder.trace()
+
+
+def _checked(planes: int) -> int:
+    if planes not in PLANES:
+        raise InputError(f"quality is {planes}", expected=f"{', '.join(map(str, PLANES))} bits")
+    return planes
 
 
 def _several(prompts: Any) -> list[Prompt]:

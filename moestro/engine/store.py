@@ -323,9 +323,12 @@ class PackedStore:
         return codec._replace(planes=planes) if planes else codec
 
     def precision(self) -> Precision | None:
-        """The width of each expert where they differ, None where all have one codec."""
-        names = tuple(codec.name for codec in self.codecs)
-        return Precision("engine.pack", names, tuple(map(tuple, self.kinds))) if self.codec == MIXED else None
+        """The width of each expert as it is used now, None where all have one codec with all its bits."""
+        if self.codec != MIXED and not self.cut:
+            return None
+        held = [[self.codec_of(ExpertKey(la, e)).name for e in range(len(row))] for la, row in enumerate(self.kinds)]
+        names = list(dict.fromkeys(name for row in held for name in row))
+        return Precision("engine.pack", tuple(names), tuple(tuple(names.index(name) for name in row) for row in held))
 
     def follow(self, precision: Precision) -> None:
         """Read what the plan's widths ask for; before any reads. Raises PlanError when the records cannot give it."""
@@ -338,6 +341,10 @@ class PackedStore:
                 fix="run `moestro apply` with this plan, or plan again",
             )
         self.limit([[codec.planes for codec in row] for row in asked])
+
+    def cap(self, planes: int) -> list[list[int]]:
+        """planes_LE with no more than `planes` for any expert."""
+        return [[min(p or PLANES[-1], planes) for p in row] for row in self.planes_LE]
 
     def limit(self, planes_LE: Sequence[Sequence[int]]) -> None:
         """Use only so many bits of each expert (0: all), and read no more than these; before any reads.

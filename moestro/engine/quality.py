@@ -1,0 +1,181 @@
+"""Plans with as few bits as a bound on quality allows: candidates are run through the engine itself, on text, against the model as stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moestro.core.errors import InputError
+from moestro.core.experts import ExpertKey
+from moestro.core.method import card_of, load
+from moestro.core.plans.residency import Measured, Precision, ResidencyPlan
+from moestro.engine.residency import plan_residency
+from moestro.engine.store import MIXED
+from moestro.engine.trial import Candidate, Trials
+from moestro.evaluate.perplexity import cut
+from moestro.models.checkpoint import Checkpoint
+from moestro.models.codecs.encode import PLANES, Codec, check_expert, parse_codec
+from moestro.models.codecs.packed import Record
+from moestro.models.layout import Layout
+
+GROUP = 32
+WIDTHS = tuple(f"int{bits}:{GROUP}" for bits in (2, 3, 4, 8))
+NESTED = tuple(f"nested:{GROUP}/{planes}" for planes in PLANES)
+LENGTH, MOST = 256, 4096  # tokens of a sequence; of each of the two parts of the text
+LEAST = 4  # sequences in each part
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What may be lost. kind: 'ppl', the share by which perplexity may grow; 'kl', nats per token from the stored model's predictions."""
+
+    kind: str
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Bound:
+        """'ppl:1%', 'ppl:0.01' or 'kl:0.02'. Raises InputError."""
+        kind, _, number = text.partition(":")
+        try:
+            limit = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
+        except ValueError:
+            limit = math.nan
+        if kind not in ("ppl", "kl") or not 0 < limit < math.inf or (kind == "kl" and number.endswith("%")):
+            raise InputError(
+                f"{text!r} is no bound on quality", expected="such as ppl:1% (perplexity) or kl:0.02 (nats per token)"
+            )
+        return cls(kind, limit)
+
+    def __str__(self) -> str:
+        return f"ppl:{100 * self.limit:g}%" if self.kind == "ppl" else f"kl:{self.limit:g}"
+
+    def loss(self, found: Measured) -> float:
+        """What was lost, in the bound's own measure."""
+        return found.loss if self.kind == "ppl" else found.kl
+
+    def words(self, loss: float) -> str:
+        return f"perplexity {100 * loss:+.2f} %" if self.kind == "ppl" else f"KL {loss:.4f} nats per token"
+
+
+def plan_quality(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    memory: int | str,
+    *,
+    quality: str,
+    tokens: Sequence[int],
+    precision: str = "edgemoe",
+    widths: Sequence[str] | None = None,
+    length: int = LENGTH,
+    report: Report | None = None,
+    **options: Any,
+) -> ResidencyPlan:
+    """The plan of `plan_residency` with as few bits for each expert as the bound allows.
+
+    The first half of the text chooses; the second is measured once, when all is chosen. The model runs as stored and in each
+    candidate, in memory that is available now, whatever `memory` the plan is for.
+
+    Args:
+        quality: the bound; see `Bound.parse`. tokens: of a text. precision: the method.
+        widths: codecs to choose from, the fewest bits first; few-bit ones, or planes of one nested codec.
+        length: tokens of a sequence. report: told what is found. options: for `plan_residency`.
+
+    Raises: InputError for a bound that no width keeps, too little text, or widths that do not fit; else as `plan_residency`.
+    """
+    bound, tell = Bound.parse(quality), report or (lambda text: None)
+    choose = load(precision, "precision")
+    card = card_of(choose)
+    nested = "nested" in card.needs
+    codecs = _codecs(layout, tuple(widths or (NESTED if nested else WIDTHS)), nested)
+    length = min(length, layout.facts.context)
+    chosen_on, held_out = parts(tokens, length)
+    names = tuple(codec.name for codec in codecs)
+    trial_options = {name: options[name] for name in ("dtype", "trunk", "trunk_codec") if name in options}
+    with Trials(checkpoint, layout, length, trial_options) as trials:
+        evidence = trials.evidence(chosen_on, codecs)
+        unseen = sum(
+            int((row[: la.num_experts] == 0).sum()) for row, la in zip(evidence.counts_LE, layout.facts.layers, strict=True)
+        )
+        if unseen:
+            tell(f"{unseen} experts are never chosen in this text: nothing is known of what they lose")
+
+        def candidate(widths_LE: np.ndarray) -> Candidate:
+            return {
+                ExpertKey(la.ordinal, e): codecs[widths_LE[la.ordinal, e]]
+                for la in layout.facts.layers
+                for e in range(la.num_experts)
+            }
+
+        losses: dict[bytes, float] = {}
+
+        def judge(widths_LE: np.ndarray) -> bool:
+            known = widths_LE.tobytes()
+            if known not in losses:
+                trial = candidate(widths_LE)
+                by_growth = bound.kind == "ppl"
+                losses[known] = trials.growth(trial, chosen_on) if by_growth else trials.measured(trial, chosen_on).kl
+                kept = "within" if losses[known] <= bound.limit else "outside"
+                tell(f"{_counted(trial, names)}: {bound.words(losses[known])}, {kept} {bound}")
+            return losses[known] <= bound.limit
+
+        widths_LE = choose(evidence, judge)
+        if widths_LE is None:
+            best = min(losses.values())
+            raise InputError(
+                f"no choice of {', '.join(names)} keeps the model within {bound}: the best has {bound.words(best)}",
+                expected="a width that does",
+                fix="allow more, offer wider --widths, leave the trunk as stored, or stay EXACT: plan without --quality",
+            )
+        found = candidate(widths_LE)
+        measured = [trials.measured(found, text) for text in (chosen_on, held_out)]
+    used = [codec for codec in codecs if codec in found.values()]
+    rows = tuple(tuple(used.index(found[ExpertKey(la.ordinal, e)]) for e in range(la.num_experts)) for la in layout.facts.layers)
+    chosen = Precision(card.name, tuple(codec.name for codec in used), rows, str(bound), *measured)
+    if bound.loss(measured[1]) > bound.limit:
+        tell(f"on the text that was held out it is outside the bound: {bound.words(bound.loss(measured[1]))}")
+    whole = codecs[0].name.partition("/")[0] if nested else used[0].name if len(used) == 1 else MIXED
+    return plan_residency(checkpoint, layout, memory, codec=whole, precision=chosen, **options)
+
+
+def parts(tokens: Sequence[int], length: int) -> tuple[list[list[int]], list[list[int]]]:
+    """(sequences to choose on, sequences held out): from the two halves of a text, at most MOST tokens of each. Raises InputError."""
+    half = len(tokens) // 2
+    found = [cut(some, length)[: max(LEAST, MOST // length)] for some in (tokens[:half], tokens[half:])]
+    if min(map(len, found)) < LEAST:
+        raise InputError(
+            f"the text has {len(tokens)} tokens",
+            expected=f"at least {2 * LEAST * length}: half of them to choose on, half to measure on",
+            fix="give more text with --data",
+        )
+    return found[0], found[1]
+
+
+def _codecs(layout: Layout, widths: tuple[str, ...], nested: bool) -> list[Codec]:
+    """The widths by their names, once each. Raises InputError."""
+    codecs = [parse_codec(name) for name in widths]
+    kinds = {codec[:2] for codec in codecs}
+    if any(not codec.tiled or (codec.format == "nested") != nested for codec in codecs) or (nested and len(kinds) > 1):
+        raise InputError(
+            f"the widths are {', '.join(widths)}",
+            expected="planes of one nested codec, such as nested:32/2,nested:32/3,nested:32"
+            if nested
+            else "such as int2:32,int4:32,int8:32",
+        )
+    for layer in layout.facts.layers:
+        for codec in codecs:
+            check_expert(codec, layer.spec)
+    sized = {codec: sum(Record.of(la.spec, codec).size(codec.planes) for la in layout.facts.layers) for codec in codecs}
+    if list(sized) != sorted(sized, key=sized.__getitem__) or len(sized) < len(codecs):
+        raise InputError(f"the widths are {', '.join(widths)}", expected="each once, the fewest bytes first")
+    return codecs
+
+
+def _counted(candidate: Candidate, names: Sequence[str]) -> str:
+    """'120 experts int4:32, 120 int8:32'."""
+    held = [codec.name for codec in candidate.values()]
+    return ", ".join(f"{held.count(name)} experts {name}" for name in names if name in held)

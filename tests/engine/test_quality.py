@@ -1,0 +1,197 @@
+"""Bits chosen within a bound: the searches on known losses, and whole plans on tiny models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moestro.core.errors import InputError
+from moestro.core.plans.residency import ResidencyPlan
+from moestro.engine.engine import Engine
+from moestro.engine.pack import apply, pack
+from moestro.engine.precision.d2moe import d2moe, removals
+from moestro.engine.precision.edgemoe import edgemoe
+from moestro.engine.precision.search import Evidence, furthest
+from moestro.engine.quality import Bound, parts, plan_quality
+from moestro.engine.store import PackedStore
+from moestro.evaluate.perplexity import measure
+
+WIDE = {"hidden_size": 64, "intermediate_size": 64}
+TOKENS = [int(t) for t in np.random.default_rng(5).integers(3, 128, 512)]
+GIVEN = {"runtime_bytes": 1 << 20, "disk_rate": 1e9, "memory_rate": 1e10}
+
+
+def evidence(layers=3, experts=5, widths=3, seed=0) -> Evidence:
+    rng = np.random.default_rng(seed)
+    harm_LEW = np.sort(rng.random((layers, experts, widths)), axis=2)[:, :, ::-1]
+    return Evidence(
+        rng.integers(1, 50, (layers, experts)), harm_LEW, np.broadcast_to(np.arange(1, widths + 1) * 100, harm_LEW.shape)
+    )
+
+
+def total(found: Evidence, widths_LE: np.ndarray) -> float:
+    """A model whose loss is the sum of its experts' harms."""
+    return float(np.take_along_axis(found.harm_LEW, widths_LE[:, :, None], 2).sum())
+
+
+def test_the_furthest_step_within_a_bound():
+    for last in range(12):
+        for limit in range(last + 1):
+            asked: list[int] = []
+
+            def within(step: int, limit=limit, asked=asked) -> bool:
+                asked.append(step)
+                return step <= limit
+
+            assert furthest(within, last) == limit
+            assert len(asked) <= (last + 1).bit_length() and 0 not in asked
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.9, 1.0])
+def test_edgemoe_takes_as_many_of_the_least_important_as_the_bound_allows(seed, share):
+    found = evidence(seed=seed)
+    levels = [total(found, np.full((3, 5), w)) for w in range(3)]
+    bound = levels[2] + share * (levels[0] - levels[2])
+    widths_LE = edgemoe(found, lambda w: total(found, w) <= bound)
+    assert total(found, widths_LE) <= bound
+    high = min(w for w in range(3) if levels[w] <= bound)
+    assert set(np.unique(widths_LE)) <= {high, max(0, high - 1)}
+    if high:
+        harm = found.harm_LEW[:, :, high - 1]
+        taken = widths_LE == high - 1
+        assert not taken.any() or harm[taken].max() <= harm[~taken].min()
+        more = widths_LE.copy()
+        more.reshape(-1)[np.where(taken, np.inf, harm).argmin()] = high - 1
+        assert total(found, more) > bound, "one more would have been too much"
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.9, 1.0])
+def test_d2moe_drops_planes_of_cold_experts_first(seed, share):
+    found = evidence(seed=seed)
+    full, least = (total(found, np.full((3, 5), w)) for w in (2, 0))
+    bound = full + share * (least - full)
+    widths_LE = d2moe(found, lambda w: total(found, w) <= bound)
+    assert total(found, widths_LE) <= bound
+    order = removals(found)
+    assert sorted(order) == sorted(list(range(15)) * 2), "each expert can lose two planes"
+    taken = int((2 - widths_LE).sum())
+    assert np.array_equal(np.bincount(order[:taken], minlength=15).reshape(3, 5), 2 - widths_LE)
+    if taken < 30:
+        following = widths_LE.copy()
+        following.reshape(-1)[order[taken]] -= 1
+        assert total(found, following) > bound
+
+
+def test_an_impossible_bound_has_no_widths():
+    found = evidence()
+    assert edgemoe(found, lambda w: False) is None and d2moe(found, lambda w: False) is None
+    assert not edgemoe(found, lambda w: True).any() and not d2moe(found, lambda w: True).any()
+
+
+def plan(opened, folder, quality, **more) -> tuple[ResidencyPlan, list[str]]:
+    checkpoint, layout = opened(folder)
+    said: list[str] = []
+    options = {"tokens": TOKENS, "length": 32, "report": said.append, "trunk": "native"} | GIVEN | more
+    return plan_quality(checkpoint, layout, "1GiB", quality=quality, **options), said
+
+
+@pytest.mark.parametrize("method", ["edgemoe", "d2moe"])
+def test_the_packed_model_is_what_was_measured(method, tmp_path, tiny, opened):
+    """Within the bound on the text it was chosen on; and packing and running it gives the very numbers of the plan."""
+    folder, _ = tiny("mixtral", **WIDE)
+    checkpoint, layout = opened(folder)
+    made, said = plan(opened, folder, "kl:0.004" if method == "edgemoe" else "kl:0.03", precision=method)
+    found = made.precision
+    assert found is not None and found.chosen is not None and found.held_out is not None
+    assert found.method == f"engine.precision.{method}" and found.chosen.kl <= Bound.parse(found.bound).limit
+    assert len(found.widths) > 1, "experts differ"
+    assert made.codec == ("mixed" if method == "edgemoe" else "nested:32")
+    assert any("within" in line for line in said) and any("outside" in line for line in said)
+    assert ResidencyPlan.from_json(made.to_json()) == made
+    assert f"held out {found.held_out.tokens} tokens" in made.summary()
+    store = PackedStore(apply(made, checkpoint, layout, tmp_path / "p"), layout.facts)
+    with Engine(checkpoint, layout, made, store=store, threads=1) as engine, Engine.open(folder, memory=1 << 30) as exact:
+        chosen_on, held_out = parts(TOKENS, 32)
+        for text, expected in ((chosen_on, found.chosen), (held_out, found.held_out)):
+            again = measure(engine, text, exact)
+            assert (again.tokens, again.perplexity) == (expected.tokens, pytest.approx(expected.perplexity, rel=1e-6))
+            assert again.kl == pytest.approx(expected.kl, rel=1e-3)
+        assert found.summary() in "; ".join(engine.changes) and engine.packed == ("" if method == "d2moe" else str(store.folder))
+    assert made.memory.experts < layout.facts.expert_bytes
+
+
+def test_a_looser_bound_takes_fewer_bytes(tiny, opened):
+    folder, _ = tiny("mixtral", **WIDE)
+    read = []
+    for bound in ("kl:0.0005", "kl:0.01", "kl:10"):
+        made, _ = plan(opened, folder, bound)
+        assert made.precision is not None
+        read.append([int(name[3]) for row in made.precision.experts_LE for name in (made.precision.widths[i] for i in row)])
+    assert sum(read[0]) > sum(read[1]) > sum(read[2]) == 2 * len(read[2])
+
+
+def test_what_a_trunk_loses_counts(tiny, opened):
+    folder, _ = tiny("mixtral", **WIDE)
+    with pytest.raises(InputError, match=r"(?s)the best has KL .*leave the trunk as stored") as error:
+        plan(opened, folder, "kl:0.0002", trunk_codec="int3:32")
+    assert "kl:0.0002" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tokens": TOKENS[:200]}, "the text has 200 tokens"),
+        ({"quality": "ppl"}, "is no bound"),
+        ({"quality": "kl:5%"}, "is no bound"),
+        ({"quality": "ppl:-1%"}, "is no bound"),
+        ({"quality": "bits:3"}, "is no bound"),
+        ({"widths": ("int8:32", "int4:32")}, "fewest bytes first"),
+        ({"widths": ("bf16", "int8:32")}, "the widths are"),
+        ({"widths": ("int4:32", "int8:128")}, "multiples of 128"),
+        ({"widths": ("nested:32/2", "int8:32"), "precision": "d2moe"}, "planes of one nested codec"),
+        ({"precision": "lru"}, "not a method of kind 'precision'"),
+    ],
+)
+def test_what_is_refused(changes, said, tiny, opened):
+    folder, _ = tiny("mixtral", **WIDE)
+    with pytest.raises(InputError) as error:
+        plan(opened, folder, **({"quality": "kl:1"} | changes))
+    assert said in str(error.value)
+
+
+def test_bounds():
+    assert Bound.parse("ppl:1%") == Bound.parse("ppl:0.01") == Bound("ppl", 0.01) and str(Bound("ppl", 0.01)) == "ppl:1%"
+    assert str(Bound.parse("kl:0.02")) == "kl:0.02"
+
+
+def test_fewer_planes_on_request(tmp_path, tiny, opened, make_plan):
+    """A nested store read at 2 bits, then at 4, then at 3: each as in an engine that never did anything else."""
+    folder, _ = tiny("mixtral", **WIDE)
+    checkpoint, layout = opened(folder)
+    out = pack(checkpoint, layout, "nested:32", tmp_path / "p")
+    wanted = {}
+    for planes in (2, 3, 4):
+        with Engine.open(folder, memory=1 << 30, store=out, threads=1, planes=planes) as engine:
+            assert engine.store.slot_bytes == engine.plan.memory.experts // sum(engine.plan.slots)
+            assert (engine.packed == "") == (planes < 4)
+            wanted[planes] = next(engine.run([TOKENS[:40]])).logits_TV
+    assert not any(np.array_equal(wanted[a], wanted[b]) for a, b in ((2, 3), (3, 4)))
+    plan = make_plan(layout, "medium", trunk="native", codec="nested:32")
+    with Engine(checkpoint, layout, plan, store=PackedStore(out, layout.facts), threads=1) as engine:
+        before = engine.reader.bytes_read
+        read = []
+        for planes in (2, 4, 3, 4):
+            engine.limit(planes)
+            np.testing.assert_array_equal(next(engine.run([TOKENS[:40]])).logits_TV, wanted[planes])
+            read.append(engine.reader.bytes_read - before)
+            before = engine.reader.bytes_read
+        assert read[0] < read[2] < read[1] == read[3]
+        with pytest.raises(InputError, match="quality is 5"):
+            engine.limit(5)
+    with Engine.open(folder, memory=1 << 30, threads=1) as engine, pytest.raises(InputError, match="not packed"):
+        engine.limit(3)
+    plain = pack(checkpoint, layout, "int4:32", tmp_path / "q")
+    with pytest.raises(InputError, match="no planes to leave out"):
+        Engine.open(folder, memory=1 << 30, store=plain, threads=1, planes=3)
