@@ -91,10 +91,10 @@ class Cells:
             if all(before.get(key) == said[key] for key in ("versions", "settings")):
                 self.cells = before["cells"]
 
-    def measure(self, name: str, job: Callable[[], Any]) -> Any:
-        """The cell's value: measured and written now, unless it was before."""
+    def measure(self, name: str, job: Callable[..., Any], *arguments: Any) -> Any:
+        """The cell's value, job(*arguments): measured and written now, unless it was before."""
         if name not in self.cells:
-            self.cells[name] = job()
+            self.cells[name] = job(*arguments)
             self.write()
         return self.cells[name]
 

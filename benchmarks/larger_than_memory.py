@@ -376,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.accelerate:
             setting = args.accelerate.split("/")
         else:
-            found = cells.measure("accelerate's settings", lambda: tune(bench, min(budgets), folders))
+            found = cells.measure("accelerate's settings", tune, bench, min(budgets), folders)
             setting = SETTINGS[found["best"]]
         contenders["accelerate"] = accelerate(folders, *setting, min(budgets))
     order = [contenders[name] for name in names]
@@ -384,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def add(bench: Bench, who: Program, budget: int, locality: str, repeat: int) -> None:
         name = f"{budget}/{locality}/{repeat}/{who.name}"
-        run = cells.measure(name, lambda: bench.session(who, budget, locality, repeat))
+        run = cells.measure(name, bench.session, who, budget, locality, repeat)
         runs.append(run)
         rate = run.get("decode_rate")
         say(f"  {name}: {f'{rate:.3f} tokens/s' if rate else run['error'][-300:]}; disk {run['disk_rate'] / 1e9:.2f} GB/s")

@@ -139,16 +139,19 @@ def write_q4_k_m(source: Path, path: Path, *, threads: int, say=print) -> Path:
     return path
 
 
-def write_packed(checkpoint: Path, folder: Path, *, codec: str = "int4:32", say=print) -> Path:
+def write_packed(checkpoint: Path, work: Path, *, codec: str = "int4:32", say=print) -> Path:
     """moestro's own packed form, by its own command line: experts and trunk in this codec. Kept if complete."""
+    from moestro.engine.store import FORMAT
+
+    folder = work / f"{checkpoint.name}-{codec.replace(':', '-')}-format{FORMAT}"
     if folder.exists():
         return folder
     began = time.perf_counter()
-    plan = folder.with_suffix(".plan.json")
+    plan = folder.with_name(folder.name + ".plan.json")
     command = [sys.executable, "-m", "moestro"]
     codecs = ["--codec", codec, "--trunk-codec", codec]
     for arguments in (
-        ["plan", "residency", str(checkpoint), *codecs, "--output", str(plan), "--quiet"],
+        ["plan", "residency", str(checkpoint), "--memory", "64GiB", *codecs, "--output", str(plan), "--quiet"],
         ["apply", str(plan), "--output", str(folder), "--quiet"],
     ):
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The picture of larger_than_memory's results. `python picture.py RESULTS.json` draws it again."""
+"""The pictures of results. `python picture.py RESULTS.json` draws one again."""
 
 from __future__ import annotations
 
@@ -44,9 +44,58 @@ def plot(report: dict[str, Any], path: Path) -> None:
         f"read-ahead {report['read_ahead_kib']} KiB",
         fontsize=10,
     )
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def plot_scaling(report: dict[str, Any], path: Path) -> None:
+    """One panel per axis: tokens/s against memory, and milliseconds of a step against the others, each with its bound."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    axes: dict[str, list[dict[str, Any]]] = report["axes"]
+    columns = min(3, len(axes))
+    lines = -(-len(axes) // columns)
+    figure, panels = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.4 * lines), squeeze=False)
+    for spare in panels.flat[len(axes) :]:
+        spare.set_visible(False)
+    for ax, (axis, rows) in zip(panels.flat, axes.items(), strict=False):
+        where = "percent" if axis == "memory" else "value"
+        for name in ("moestro", "llama.cpp", "bound", "ms", "bound_ms"):
+            seen = [r for r in rows if "median" in r.get(name, {})]
+            if not seen:
+                continue
+            bound = name.startswith("bound")
+            colour = "crimson" if bound else COLOURS.get(name, COLOURS["moestro"])
+            label = "bound" if bound else "moestro" if name == "ms" else name
+            at = [r[where] for r in seen]
+            ax.plot(at, [r[name]["median"] for r in seen], "--" if bound else "o-", color=colour, label=label, ms=4, lw=1.4)
+            if not bound:
+                ax.fill_between(at, *([r[name][k] for r in seen] for k in ("low", "high")), color=colour, alpha=0.2, lw=0)
+        if axis == "memory":
+            ax.set_xlabel("memory limit, % of the 4-bit file")
+            ax.set_ylabel("decode, tokens/s")
+        else:
+            ax.set_xlabel(axis.replace("_", "-") + (", tokens" if axis == "context" else ""))
+            ax.set_ylabel("ms per decode step")
+            ax.set_xscale("log", base=2)
+            ticks = [r[where] for r in rows]
+            ax.set_xticks(ticks, [str(t) for t in ticks])
+        ax.set_ylim(bottom=0)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize=8)
+    machine = report["machine"]
+    figure.suptitle(f"{machine['cpu']}, {report['settings']['threads']} threads, 4-bit weights", fontsize=10)
+    _save(figure, path)
 
 
 def _bars(ax: Any, rows: list[dict[str, Any]], budgets: list[int], names: list[str], key: str, scale: float) -> None:
@@ -77,4 +126,5 @@ def _bars(ax: Any, rows: list[dict[str, Any]], budgets: list[int], names: list[s
 
 if __name__ == "__main__":
     source = Path(sys.argv[1])
-    plot(json.loads(source.read_text()), source.with_suffix(".png"))
+    results = json.loads(source.read_text(encoding="utf-8"))
+    (plot_scaling if results["question"] == "scaling" else plot)(results, source.with_suffix(".png"))

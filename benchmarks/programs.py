@@ -109,7 +109,7 @@ def moestro(shape: Shape, work: Path, *, bits: int, say: Say, **options: Any) ->
     checkpoint = shapes.write_checkpoint(work / shape.name, shape, say=say)
     if bits == 16:
         return Program("moestro", "run_moestro.py", checkpoint, options)
-    store = peers.write_packed(checkpoint, work / f"{shape.name}-int4", say=say)
+    store = peers.write_packed(checkpoint, work, say=say)
     return Program("moestro", "run_moestro.py", checkpoint, {"store": str(store), **options})
 
 

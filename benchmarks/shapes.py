@@ -85,7 +85,8 @@ class Shape:
 
     @property
     def name(self) -> str:
-        return f"olmoe-{self.layers}x{self.width}-{self.experts}x{self.expert_width}-v{self.vocabulary}-r{self.rho}-s{self.seed}"
+        more = "" if (self.top_k, self.context) == (8, 4096) else f"-k{self.top_k}-c{self.context}"
+        return f"olmoe-{self.layers}x{self.width}-{self.experts}x{self.expert_width}-v{self.vocabulary}-r{self.rho}-s{self.seed}{more}"
 
     def config(self) -> dict[str, object]:
         """The Hugging Face config.json."""
