@@ -33,7 +33,7 @@ def linear(
     if out_TR is None:
         out_TR = np.empty((x_TC.shape[0], weight.rows), np.float32)
     module = native.extension()
-    if module is None or isinstance(weight, Packed):
+    if module is None:
         reference_linear(x_TC, weight, out_TR, bias_R)
     else:
         module.linear(x_TC, weight.handle or weight.bind(module), out_TR, bias_R, threads)
@@ -58,7 +58,7 @@ def linears(
     if not len(weights) == len(made) == len(terms):
         raise ValueError(f"{len(weights)} matrices, {len(made)} outputs and {len(terms)} biases do not fit one another")
     module = native.extension()
-    if module is None or any(isinstance(weight, Packed) for weight in weights):
+    if module is None:
         for weight, out_TR, bias_R in zip(weights, made, terms):
             reference_linear(x_TC, weight, out_TR, bias_R)
     elif made:

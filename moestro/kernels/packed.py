@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from moestro.kernels import native
 from moestro.kernels.ffn import MXFP4_VALUES, Matrix
 from moestro.kernels.quantise import encode_int4, encode_int8, encode_mxfp4
 
@@ -150,10 +151,15 @@ def pack(matrix: Matrix) -> Packed:
             raise ValueError("these float32 scales do not fit float16; encode with scale_dtype='float16'")
     rows, cols = matrix.shape
     made = _empty(rows, cols, matrix.format, matrix.group)
-    codes = matrix.data.view(np.uint8)
-    if matrix.format != "int8":
-        codes = np.stack([codes & 15, codes >> 4], -1)
-    _fill(made, codes.reshape(rows, cols), scales)
+    module = native.extension()
+    if module is None:
+        codes = matrix.data.view(np.uint8)
+        if matrix.format != "int8":
+            codes = np.stack([codes & 15, codes >> 4], -1)
+        _fill(made, codes.reshape(rows, cols), scales)
+    else:
+        data, scales = np.ascontiguousarray(matrix.data), np.ascontiguousarray(scales)
+        module.pack_tiles(made.pack(), data.ctypes.data, scales.ctypes.data, native.cores())
     return made
 
 
@@ -170,7 +176,10 @@ def quantise(w_RC: np.ndarray, format: str, group: int = 64) -> Packed:
     Raises:
         ValueError: as `part_sizes`; weights that are not finite or too large for float16 scales.
     """
-    part_sizes(*w_RC.shape, format, group)
+    if w_RC.ndim != 2:
+        raise ValueError(f"cannot quantise an array of shape {w_RC.shape}; expected [rows, cols]")
+    rows, cols = w_RC.shape
+    part_sizes(rows, cols, format, group)
     if format in ("int8", "int4"):
         return pack((encode_int8 if format == "int8" else encode_int4)(w_RC, group, scale_dtype="float16"))
     if format == "mxfp4":
@@ -178,8 +187,12 @@ def quantise(w_RC: np.ndarray, format: str, group: int = 64) -> Packed:
     w_RC = np.ascontiguousarray(w_RC, np.float32)
     if not np.isfinite(w_RC).all():
         raise ValueError("cannot quantise weights that hold infinities or not-a-number")
-    made = _empty(*w_RC.shape, format, group)
-    good = reference_quantise(w_RC, made)
+    made = _empty(rows, cols, format, group)
+    module = native.extension()
+    if module is None:
+        good = reference_quantise(w_RC, made)
+    else:
+        good = module.quantise_tiles(made.pack(), w_RC.ctypes.data, native.cores())
     if not good:
         raise ValueError("these weights are too large for float16 scales")
     return made

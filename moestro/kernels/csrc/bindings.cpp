@@ -14,6 +14,7 @@
 
 #include "kernels.hpp"
 #include "level.hpp"
+#include "packed.hpp"
 #include "reader.hpp"
 #include "trunk_bindings.hpp"
 
@@ -39,6 +40,7 @@ NB_MODULE(_native, m) {
     m.def("levels", &levels);
     m.def("level", [] { return std::string(current().name); });
     m.def("set_level", &set_level);
+    m.def("packed_level", [] { return std::string(current().packed->name); });
 
     nb::class_<Expert>(m, "Expert").def(
         "__init__",
@@ -66,6 +68,14 @@ NB_MODULE(_native, m) {
                          int threads) {
         Unlocked unlocked;
         return quantise(at<const float>(w), rows, cols, kind, group, at<void>(data), at<void>(scales), half, threads);
+    });
+    m.def("pack_tiles", [](const PackedMatrix& to, Address codes, Address scales, int threads) {
+        Unlocked unlocked;
+        pack_tiles(matrix_of(to), at<const uint8_t>(codes), at<const uint8_t>(scales), threads);
+    });
+    m.def("quantise_tiles", [](const PackedMatrix& to, Address w, int threads) {
+        Unlocked unlocked;
+        return quantise_tiles(matrix_of(to), at<const float>(w), threads);
     });
     m.def("to_f32", [](Address values, Address out, int64_t count, bool half, int threads) {
         Unlocked unlocked;

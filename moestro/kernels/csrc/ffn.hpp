@@ -5,7 +5,11 @@
 
 namespace moestro {
 
-enum class Format : int { f32, f16, bf16, int8, int4, mxfp4 };
+enum class Format : int {
+    f32, f16, bf16, int8, int4, mxfp4,  // rows
+    tiles_int8, tiles_int4, tiles_int3, tiles_int2, tiles_mxfp4, tiles_nested,  // packed.hpp; `stride`, `scales` and so on mean nothing
+    tiles_sign,  // a further plane of nested
+};
 enum class Activation : int { silu, gelu, gelu_tanh, relu, relu2, swiglu_clamped };
 
 struct MatrixRef {  // [rows, cols], output rows first; strides in bytes
@@ -17,6 +21,7 @@ struct MatrixRef {  // [rows, cols], output rows first; strides in bytes
     int64_t scale_stride;
     bool half_scales;
     int group;
+    const uint8_t *third = nullptr, *fourth = nullptr;  // planes of nested tiles, or null
 };
 
 struct Expert {
@@ -38,6 +43,7 @@ struct alignas(64) Scratch {  // one per thread, allocated once
 };
 
 struct Cache;  // attention.hpp
+struct PackedLevel;  // packed.hpp
 
 struct FfnLevel {
     const char* name;
@@ -50,6 +56,7 @@ struct FfnLevel {
     // sums[r] += the values from `position` on, key k times weights[r * SPAN + k], for k in begin[r]..end[r); rows of sums are padded
     void (*blend)(const Cache& values, int64_t position, const float* weights, const int* begin, const int* end, int rows,
                   float* sums, int64_t sums_stride, Scratch& scratch);
+    const PackedLevel* packed;
 };
 
 // Null where the compiler's target lacks the instruction set.

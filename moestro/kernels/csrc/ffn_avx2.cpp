@@ -66,10 +66,11 @@ struct V {
 }  // namespace moestro
 
 #include "attention_tile.hpp"
+#include "packed.hpp"
 
 namespace moestro {
 const FfnLevel* ffn_avx2() {
-    static const FfnLevel level{"avx2", product, activate, soften, blend};
+    static const FfnLevel level{"avx2", product, activate, soften, blend, packed_avx2()};
     return &level;
 }
 }  // namespace moestro

@@ -64,10 +64,11 @@ struct V {
 }  // namespace moestro
 
 #include "attention_tile.hpp"
+#include "packed.hpp"
 
 namespace moestro {
 const FfnLevel* ffn_avx512() {
-    static const FfnLevel level{"avx512", product, activate, soften, blend};
+    static const FfnLevel level{"avx512", product, activate, soften, blend, packed_avx2()};
     return &level;
 }
 }  // namespace moestro

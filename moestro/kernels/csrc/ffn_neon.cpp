@@ -69,10 +69,11 @@ struct V {
 }  // namespace moestro
 
 #include "attention_tile.hpp"
+#include "packed.hpp"
 
 namespace moestro {
 const FfnLevel* ffn_neon() {
-    static const FfnLevel level{"neon", product, activate, soften, blend};
+    static const FfnLevel level{"neon", product, activate, soften, blend, packed_scalar()};
     return &level;
 }
 }  // namespace moestro

@@ -113,10 +113,11 @@ struct V {
 }  // namespace moestro
 
 #include "attention_tile.hpp"
+#include "packed.hpp"
 
 namespace moestro {
 const FfnLevel* ffn_scalar() {
-    static const FfnLevel level{"scalar", product, activate, soften, blend};
+    static const FfnLevel level{"scalar", product, activate, soften, blend, packed_scalar()};
     return &level;
 }
 }  // namespace moestro

@@ -257,6 +257,7 @@ void product(const MatrixRef& w, int64_t first, int count, const float* const* x
         case Format::int8: return product_of<Format::int8>(w, first, count, x, rows, out, scratch);
         case Format::int4: return product_of<Format::int4>(w, first, count, x, rows, out, scratch);
         case Format::mxfp4: return product_of<Format::mxfp4>(w, first, count, x, rows, out, scratch);
+        default: return;  // packed tiles have kernels of their own
     }
 }
 

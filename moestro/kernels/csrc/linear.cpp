@@ -2,12 +2,14 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <stdexcept>
 #if defined(__linux__)
 #include <sched.h>
 #endif
 #include <thread>
 
 #include "level.hpp"
+#include "packed.hpp"
 #include "pool.hpp"
 #include "trunk.hpp"
 
@@ -70,7 +72,11 @@ int threads_for(int wanted) {
 }
 
 void linears(const float* x, int64_t x_stride, int64_t rows, const std::vector<LinearJob>& jobs, int threads) {
-    if (rows == 0) return;
+    if (rows == 0 || jobs.empty()) return;
+    const bool packed = in_tiles(jobs.front().weight->format);
+    for (auto& job : jobs)
+        if (in_tiles(job.weight->format) != packed) throw std::invalid_argument("packed matrices and matrices in rows cannot share a call");
+    if (packed) return packed_linears(x, x_stride, rows, jobs, threads);
     std::vector<const float*> at(static_cast<size_t>(rows));
     for (int64_t r = 0; r < rows; ++r)
         at[r] = reinterpret_cast<const float*>(reinterpret_cast<const char*>(x) + r * x_stride);

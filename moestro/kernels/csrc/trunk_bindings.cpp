@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "packed.hpp"
 #include "trunk.hpp"
 #include "view.hpp"
 
@@ -173,8 +174,11 @@ void call_attend(nb::handle q_object, nb::handle keys_object, nb::handle values_
 }  // namespace
 
 MatrixRef matrix_of(const PackedMatrix& p) {
-    return {static_cast<Format>(p[0]), reinterpret_cast<const uint8_t*>(p[1]), p[2], p[3], p[4],
-            reinterpret_cast<const uint8_t*>(p[5]), p[6], p[7] != 0, static_cast<int>(p[8])};
+    const auto at = [&](int i) { return reinterpret_cast<const uint8_t*>(p[i]); };
+    const Format format = static_cast<Format>(p[0]);
+    const int group = static_cast<int>(p[8]);
+    if (in_tiles(format)) return {format, at(1), 0, p[3], p[4], nullptr, 0, true, group, at(5), at(6)};
+    return {format, at(1), p[2], p[3], p[4], at(5), p[6], p[7] != 0, group, nullptr, nullptr};
 }
 
 void bind_trunk(nb::module_& m) {

@@ -1,0 +1,224 @@
+// Experts and linear maps from packed tiles: which thread rounds and multiplies what when. The arithmetic is in packed_tile.hpp.
+#include <mutex>
+
+#include "level.hpp"
+#include "packed.hpp"
+#include "wave.hpp"
+
+namespace moestro {
+namespace {
+
+constexpr int64_t TASK_BYTES = 128 << 10;        // weights of one task of an expert
+constexpr int64_t LINEAR_TASK_BYTES = 256 << 10;
+constexpr int64_t ALONE = 1 << 20;               // multiply-adds below which waking a thread costs more than it gives
+constexpr int64_t PAIR = 2 * TILE;               // output rows whose activations are rounded together
+
+// Rounded rows, bundle after bundle.
+struct Rounded {
+    std::vector<int8_t> codes;
+    std::vector<float> scales;
+    std::vector<int32_t> sums;
+
+    void hold(int64_t rows, int64_t cols) {
+        const size_t blocks = static_cast<size_t>(rows * (cols / STEP));
+        if (scales.size() >= blocks) return;
+        codes.resize(blocks * STEP);
+        scales.resize(blocks);
+        sums.resize(blocks);
+    }
+    Bundle bundle(int64_t first, int rows, int64_t blocks) const {
+        const int64_t at = first * blocks;
+        return {codes.data() + at * STEP, scales.data() + at, sums.data() + at, rows};
+    }
+    // Rounds part of row `row` of the bundle that begins at row `first` and holds `rows`.
+    void put(const PackedLevel& level, const float* x, int64_t first, int row, int rows, int64_t blocks, int64_t block, int64_t count) {
+        const int64_t at = first * blocks + block * rows + row;
+        level.round(x, count, codes.data() + at * STEP, scales.data() + at, sums.data() + at, rows);
+    }
+    int64_t bytes() const { return static_cast<int64_t>(codes.capacity() + 8 * scales.capacity()); }
+};
+
+// body(first, rows) for bundles of about equal size.
+template <class Each>
+void bundles(int64_t rows, Each&& each) {
+    const int64_t count = (rows + BUNDLE - 1) / BUNDLE;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t begin = rows * i / count;
+        each(begin, static_cast<int>(rows * (i + 1) / count - begin));
+    }
+}
+
+struct alignas(64) Buffers {  // one per thread
+    float gate[2][BUNDLE * TILE];
+    float up[2][BUNDLE * TILE];
+    float hidden[PAIR];
+};
+
+Buffers& own_buffers() {
+    thread_local std::unique_ptr<Buffers> own;
+    if (!own) own.reset(new Buffers);
+    return *own;
+}
+
+struct Workspace {
+    std::mutex turn;
+    Rounded x, hidden;
+    std::vector<Segment> segments;
+};
+
+Workspace& workspace() {
+    static auto* one = new Workspace;
+    return *one;
+}
+
+void add(float* values, int rows, int64_t count, const float* bias) {
+    for (int r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < count; ++i) values[r * TILE + i] += bias[i];
+}
+
+struct Body {
+    const FfnCall& call;
+    const FfnLevel& level;
+    Workspace& space;
+    int64_t width_blocks, inner_blocks;
+
+    void up(const Segment& s, int64_t from, int64_t to, int) const {
+        const Expert& e = *s.expert;
+        Buffers& own = own_buffers();
+        for (int64_t f = from; f < to; f += PAIR)
+            bundles(s.end - s.begin, [&](int64_t first, int rows) {
+                const Bundle x = space.x.bundle(s.first + first, rows, width_blocks);
+                for (int half = 0; half < 2; ++half) {
+                    const int64_t at = f + half * TILE;
+                    if (e.gated) {
+                        level.packed->product(e.gate, at / TILE, x, own.gate[half]);
+                        if (e.gate_bias) add(own.gate[half], rows, TILE, e.gate_bias + at);
+                    }
+                    level.packed->product(e.up, at / TILE, x, own.up[half]);
+                    if (e.up_bias) add(own.up[half], rows, TILE, e.up_bias + at);
+                }
+                for (int r = 0; r < rows; ++r) {
+                    for (int half = 0; half < 2; ++half)
+                        level.activate(e.gated ? own.gate[half] + r * TILE : nullptr, own.up[half] + r * TILE, TILE, call.activation,
+                                       call.limit, call.alpha, own.hidden + half * TILE);
+                    space.hidden.put(*level.packed, own.hidden, s.first + first, r, rows, inner_blocks, f / STEP, 1);
+                }
+            });
+    }
+
+    void down(const Segment& s, int64_t from, int64_t to, int) const {
+        const Expert& e = *s.expert;
+        Buffers& own = own_buffers();
+        for (int64_t d = from; d < to; d += TILE)
+            bundles(s.end - s.begin, [&](int64_t first, int rows) {
+                float* found = own.up[0];
+                level.packed->product(e.down, d / TILE, space.hidden.bundle(s.first + first, rows, inner_blocks), found);
+                const int64_t count = std::min<int64_t>(TILE, to - d);
+                if (e.down_bias) add(found, rows, count, e.down_bias + d);
+                auto* out = reinterpret_cast<char*>(call.out) + (s.begin + first) * call.out_stride + d * 4;
+                for (int r = 0; r < rows; ++r) std::copy_n(found + r * TILE, count, reinterpret_cast<float*>(out + r * call.out_stride));
+            });
+    }
+};
+
+struct Place {  // where a row of a segment goes
+    int64_t first;  // row at which its bundle begins
+    int row, rows;
+};
+
+void run_wave(const FfnCall& call, Workspace& space, int64_t rows) {
+    const Expert& shape = *space.segments.front().expert;
+    const int64_t width = shape.up.cols, inner = shape.up.rows;
+    const FfnLevel& level = current();
+    space.x.hold(rows, width);
+    space.hidden.hold(rows, inner);
+    std::vector<Place> places(static_cast<size_t>(rows));
+    for (Segment& s : space.segments) {
+        bundles(s.end - s.begin, [&](int64_t first, int count) {
+            for (int r = 0; r < count; ++r) places[s.first + first + r] = {s.first + first, r, count};
+        });
+        s.up = {inner, rows_per_task(inner, PAIR, (s.expert->gated ? 2 : 1) * row_bytes_in_tiles(s.expert->up), call.threads, TASK_BYTES)};
+        s.down = {width, rows_per_task(width, TILE, row_bytes_in_tiles(s.expert->down), call.threads, TASK_BYTES)};
+    }
+    const int64_t begin = space.segments.front().begin;  // a wave's pairs follow one another
+    const int64_t blocks = width / STEP;
+    parallel(rows < 64 ? 1 : call.threads, rows, 16, [&](int64_t from, int64_t to) {
+        std::vector<float> scaled(call.input_weight ? static_cast<size_t>(width) : 0);
+        for (int64_t i = from; i < to; ++i) {
+            const int64_t n = begin + i;
+            const auto* x = reinterpret_cast<const float*>(reinterpret_cast<const char*>(call.x) + call.rows[n] * call.x_stride);
+            if (call.input_weight) {
+                for (int64_t d = 0; d < width; ++d) scaled[d] = x[d] * call.input_weight[n];
+                x = scaled.data();
+            }
+            space.x.put(*level.packed, x, places[i].first, places[i].row, places[i].rows, blocks, 0, blocks);
+        }
+    });
+    Body body{call, level, space, blocks, inner / STEP};
+    Wave<Body>(space.segments, body, call.threads);
+}
+
+}  // namespace
+
+void packed_ffn(const FfnCall& call) {
+    Workspace& space = workspace();
+    std::lock_guard<std::mutex> turn(space.turn);
+    const MatrixRef& up = call.experts[0]->up;
+    const int64_t bytes = std::max<int64_t>(1, (up.rows + up.cols) / STEP * (STEP + 8));
+    in_waves(call, std::max<int64_t>(1, WAVE_BYTES / bytes), space.segments, [&](int64_t rows) { run_wave(call, space, rows); });
+}
+
+int64_t packed_scratch_bytes() {
+    Workspace& space = workspace();
+    std::lock_guard<std::mutex> turn(space.turn);
+    return space.x.bytes() + space.hidden.bytes();
+}
+
+void packed_linears(const float* x, int64_t x_stride, int64_t rows, const std::vector<LinearJob>& jobs, int threads) {
+    thread_local Rounded rounded;
+    const PackedLevel& level = *current().packed;
+    const int64_t cols = jobs.front().weight->cols, blocks = cols / STEP;
+    int64_t outputs = 0;
+    for (auto& job : jobs) outputs += job.weight->rows;
+    threads = outputs * cols * rows < ALONE ? 1 : threads_for(threads);
+    Rounded& space = rounded;  // the caller's, for all threads
+    space.hold(rows, cols);
+    std::vector<std::pair<int64_t, int>> all;
+    bundles(rows, [&](int64_t first, int count) { all.emplace_back(first, count); });
+    for (auto& [first, count] : all)
+        parallel(count < 32 ? 1 : threads, count, 8, [&, first = first, count = count](int64_t from, int64_t to) {
+            for (int64_t r = from; r < to; ++r) {
+                const auto* row = reinterpret_cast<const float*>(reinterpret_cast<const char*>(x) + (first + r) * x_stride);
+                space.put(level, row, first, static_cast<int>(r), count, blocks, 0, blocks);
+            }
+        });
+    std::vector<int64_t> starts, steps;  // number of each job's first task; output rows of its tasks
+    int64_t total = 0;
+    for (auto& job : jobs) {
+        const int64_t bytes = row_bytes_in_tiles(*job.weight);
+        int64_t step = std::max<int64_t>(1, LINEAR_TASK_BYTES / (bytes * TILE));
+        step = std::min(step, std::max<int64_t>(1, outputs / TILE / (4 * threads))) * TILE;
+        starts.push_back(total);
+        steps.push_back(step);
+        total += (job.weight->rows + step - 1) / step;
+    }
+    parallel(threads, total, 1, [&](int64_t begin, int64_t end) {
+        float* found = own_buffers().up[0];
+        for (int64_t task = begin; task < end; ++task) {
+            const size_t j = static_cast<size_t>(std::upper_bound(starts.begin(), starts.end(), task) - starts.begin()) - 1;
+            const LinearJob& job = jobs[j];
+            const int64_t from = (task - starts[j]) * steps[j], to = std::min(from + steps[j], job.weight->rows);
+            for (auto& [first, count] : all)
+                for (int64_t o = from; o < to; o += TILE) {
+                    level.product(*job.weight, o / TILE, space.bundle(first, count, blocks), found);
+                    const int64_t some = std::min<int64_t>(TILE, to - o);
+                    if (job.bias) add(found, count, some, job.bias + o);
+                    auto* out = reinterpret_cast<char*>(job.out) + first * job.out_stride + o * 4;
+                    for (int r = 0; r < count; ++r)
+                        std::copy_n(found + r * TILE, some, reinterpret_cast<float*>(out + r * job.out_stride));
+                }
+        }
+    });
+}
+
+}  // namespace moestro

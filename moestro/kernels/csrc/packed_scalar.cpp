@@ -1,0 +1,130 @@
+// Packed tiles in portable C++: 16 rows in an array.
+#include <cmath>
+#include <cstring>
+
+#include "half.hpp"
+#include "packed.hpp"
+
+namespace moestro {
+namespace {
+
+struct D {
+    static constexpr int LANES = 16;     // rows of a register, a divisor of TILE
+    static constexpr int INT8_ZERO = 0;  // what dot_signed adds to each weight
+    struct Bytes {
+        uint8_t v[4 * LANES];
+    };
+    struct Ints {
+        int32_t v[LANES];
+    };
+    struct Floats {
+        float v[LANES];
+    };
+
+    template <class Out, class Op>
+    static Out each(Op op) {
+        Out out;
+        for (int i = 0; i < static_cast<int>(sizeof out.v / sizeof out.v[0]); ++i) out.v[i] = op(i);
+        return out;
+    }
+    static Bytes load(const uint8_t* p) {
+        Bytes out;
+        std::memcpy(out.v, p, sizeof out.v);
+        return out;
+    }
+    static Bytes broadcast(const int8_t* p) {  // four activations for every row
+        Bytes out;
+        for (int i = 0; i < LANES; ++i) std::memcpy(out.v + 4 * i, p, 4);
+        return out;
+    }
+    static Bytes bits(const Bytes& x, int shift, int mask) {
+        return each<Bytes>([&](int i) { return static_cast<uint8_t>(x.v[i] >> shift & mask); });
+    }
+    static Bytes doubled(const Bytes& x, int times) {
+        return each<Bytes>([&](int i) { return static_cast<uint8_t>(x.v[i] << times); });
+    }
+    static Bytes either(const Bytes& a, const Bytes& b) {
+        return each<Bytes>([&](int i) { return static_cast<uint8_t>(a.v[i] | b.v[i]); });
+    }
+    static Bytes mxfp4(const Bytes& code) {
+        static const uint8_t table[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+        return each<Bytes>([&](int i) { return table[code.v[i]]; });
+    }
+    template <class Sign>
+    static Ints sums(const Bytes* w, const Bytes* a) {
+        Ints out{};
+        for (int j = 0; j < STEP / 4; ++j)
+            for (int i = 0; i < 4 * LANES; ++i) out.v[i / 4] += static_cast<Sign>(w[j].v[i]) * static_cast<int8_t>(a[j].v[i]);
+        return out;
+    }
+    template <int LARGEST>  // no code is larger
+    static Ints dot(const Bytes* w, const Bytes* a) { return sums<uint8_t>(w, a); }
+    static Ints dot_signed(const Bytes* w, const Bytes* a) { return sums<int8_t>(w, a); }
+
+    static Ints set(int32_t s) { return each<Ints>([=](int) { return s; }); }
+    static Ints wide(const uint8_t* p) { return each<Ints>([=](int i) { return p[i]; }); }
+    static Ints minus(const Ints& a, const Ints& b) { return each<Ints>([&](int i) { return a.v[i] - b.v[i]; }); }
+    static Ints times(const Ints& a, const Ints& b) { return each<Ints>([&](int i) { return a.v[i] * b.v[i]; }); }
+    static Ints left(const Ints& a, int by) { return each<Ints>([&](int i) { return a.v[i] * (1 << by); }); }
+    static Floats to_float(const Ints& a) { return each<Floats>([&](int i) { return static_cast<float>(a.v[i]); }); }
+    static Floats set(float s) { return each<Floats>([=](int) { return s; }); }
+    static Floats load_floats(const float* p) { return each<Floats>([=](int i) { return p[i]; }); }
+    static void store(float* p, const Floats& a) { std::memcpy(p, a.v, sizeof a.v); }
+    static Floats mul(const Floats& a, const Floats& b) { return each<Floats>([&](int i) { return a.v[i] * b.v[i]; }); }
+    static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
+        return each<Floats>([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); });
+    }
+    static Floats halves(const uint8_t* p) {
+        return each<Floats>([=](int i) {
+            uint16_t bits;
+            std::memcpy(&bits, p + 2 * i, 2);
+            return from_half(bits);
+        });
+    }
+    static Floats half_powers(const uint8_t* p) {  // 2^(e - 128); 255 is not-a-number
+        return each<Floats>([=](int i) {
+            const uint32_t e = p[i], bits = e == 255 ? 0x7fc00000u : e >= 2 ? (e - 1) << 23 : 0x00200000u << e;
+            float out;
+            std::memcpy(&out, &bits, 4);
+            return out;
+        });
+    }
+    static void prefetch(const uint8_t*) {}
+};
+
+void round(const float* x, int64_t blocks, int8_t* codes, float* scales, int32_t* sums, int64_t stride) {
+    for (int64_t b = 0; b < blocks; ++b, x += STEP, codes += stride * STEP, scales += stride, sums += stride) {
+        uint32_t top = 0;  // of the sizes as bit patterns: infinities and not-a-number are above every number
+        for (int i = 0; i < STEP; ++i) {
+            uint32_t bits;
+            std::memcpy(&bits, x + i, 4);
+            bits &= 0x7fffffffu;
+            top = bits > top ? bits : top;
+        }
+        float size;
+        std::memcpy(&size, &top, 4);
+        const float scale = size / 127.0f;
+        const bool usable = top < 0x7f800000u && scale > 0;
+        int32_t sum = 0;
+        for (int i = 0; i < STEP; ++i) {
+            float whole = usable ? std::nearbyintf(x[i] / scale) : 0.0f;
+            whole = whole < -127.0f ? -127.0f : whole > 127.0f ? 127.0f : whole;
+            codes[i] = static_cast<int8_t>(whole);
+            sum += codes[i];
+        }
+        *scales = usable ? scale : top < 0x7f800000u ? 0.0f : std::nanf("");
+        *sums = sum;
+    }
+}
+
+}  // namespace
+}  // namespace moestro
+
+#include "packed_tile.hpp"
+
+namespace moestro {
+const PackedLevel* packed_scalar() {
+    static const PackedLevel level{"scalar", product, round};
+    return &level;
+}
+}  // namespace moestro

@@ -1,0 +1,175 @@
+// The arithmetic of packed tiles, for the vector type D of the including file (see packed_scalar.cpp for what D must offer).
+//
+// The law: STEP products are summed as whole numbers, which is exact in any order; then each plane adds
+// dot * (weight scale * activation scale) to its row's sum with one fused multiply-add, block after block.
+#pragma once
+#include <cstdint>
+
+#include "packed.hpp"
+
+namespace moestro {
+namespace {
+
+using Bytes = D::Bytes;    // LANES rows x 4 inputs
+using Ints = D::Ints;      // LANES rows
+using Floats = D::Floats;  // LANES rows
+
+constexpr int PARTS = TILE / D::LANES;  // registers per tile
+constexpr int WORDS = STEP / 4;         // registers of codes per step and part
+constexpr int AHEAD = 1536;             // bytes that are asked for before their turn; hardware prefetch stops at each page
+
+// Register `j` of part `part`: inputs 4 j to 4 j + 3, as codes without sign; int8 alone is signed.
+template <Format F>
+inline Bytes word(const uint8_t* p, int part, int j) {
+    const auto at = [&](int w) { return D::load(p + 4 * TILE * w + 4 * D::LANES * part); };
+    if constexpr (F == Format::tiles_int8) return at(j);
+    if constexpr (F == Format::tiles_int4) return D::bits(at(j / 2), j % 2 * 4, 15);
+    if constexpr (F == Format::tiles_mxfp4) return D::mxfp4(D::bits(at(j / 2), j % 2 * 4, 15));  // twice the value, and 12
+    if constexpr (F == Format::tiles_int2 || F == Format::tiles_nested) return D::bits(at(j / 4), j % 4 * 2, 3);
+    if constexpr (F == Format::tiles_sign) return D::bits(at(0), j, 1);
+    if constexpr (F == Format::tiles_int3) {
+        const Bytes high = at(2);  // D::bits wants a shift to the right
+        return D::either(D::bits(at(j / 4), j % 4 * 2, 3), j < 2 ? D::bits(D::doubled(high, 2 - j), 0, 4) : D::bits(high, j - 2, 4));
+    }
+}
+
+template <Format F>
+constexpr int largest_code = F == Format::tiles_int4 ? 15 : F == Format::tiles_mxfp4 ? 24 : F == Format::tiles_int3 ? 7 : 3;
+
+template <Format F>
+inline Ints dot(const Bytes* w, const Bytes* a) {
+    if constexpr (F == Format::tiles_int8)
+        return D::dot_signed(w, a);
+    else
+        return D::template dot<largest_code<F>>(w, a);
+}
+
+// Scales of a unit, and what turns the sum of codes x activations into the dot product in units of them.
+template <Format F>
+struct Unit {
+    Floats scale[PARTS];
+    Ints zero[PARTS];
+    explicit Unit(const uint8_t* head) {
+        for (int i = 0; i < PARTS; ++i) {
+            if constexpr (F == Format::tiles_mxfp4)
+                scale[i] = D::half_powers(head + D::LANES * i);
+            else
+                scale[i] = D::halves(head + 2 * D::LANES * i);
+            if constexpr (F == Format::tiles_nested) {
+                scale[i] = D::mul(scale[i], D::set(1.0f / 64));
+                zero[i] = D::wide(head + 2 * TILE + D::LANES * i);
+            }
+        }
+    }
+    Ints whole(Ints dot, Ints sum, int part) const {
+        if constexpr (F == Format::tiles_int8) return D::INT8_ZERO ? D::minus(dot, D::times(sum, D::set(D::INT8_ZERO))) : dot;
+        if constexpr (F == Format::tiles_int4) return D::minus(dot, D::left(sum, 3));
+        if constexpr (F == Format::tiles_mxfp4) return D::minus(dot, D::times(sum, D::set(12)));
+        if constexpr (F == Format::tiles_int3) return D::minus(D::left(dot, 1), D::times(sum, D::set(7)));
+        if constexpr (F == Format::tiles_int2) return D::minus(D::left(dot, 1), D::times(sum, D::set(3)));
+        if constexpr (F == Format::tiles_sign) return D::minus(D::left(dot, 1), sum);
+        if constexpr (F == Format::tiles_nested) return D::minus(D::left(dot, 6), D::times(sum, zero[part]));
+    }
+};
+
+template <Format F>
+inline void prefetch(const uint8_t* p) {
+    for (int i = 0; i < step_bytes(F); i += 64) D::prefetch(p + AHEAD + i);
+}
+
+// One step of one plane for one row; its sums stay in registers.
+template <Format F>
+inline void add_single(const uint8_t* p, const Unit<F>& unit, const Bytes* a, Floats by, Ints sum, Floats* sums) {
+#pragma GCC unroll 4
+    for (int part = 0; part < PARTS; ++part) {
+        Bytes w[WORDS];
+#pragma GCC unroll 8
+        for (int j = 0; j < WORDS; ++j) w[j] = word<F>(p, part, j);
+        sums[part] = D::fma(D::to_float(unit.whole(dot<F>(w, a), sum, part)), D::mul(unit.scale[part], by), sums[part]);
+    }
+}
+
+// One step of one plane for all rows of a bundle; block is x's first row there, sums are in memory.
+template <Format F>
+inline void add_many(const uint8_t* p, const Unit<F>& unit, const Bundle& x, int64_t block, float* sums) {
+    const int8_t* codes = x.codes + block * x.rows * STEP;
+    const float* scales = x.scales + block * x.rows;
+    const int32_t* totals = x.sums + block * x.rows;
+    for (int part = 0; part < PARTS; ++part) {
+        Bytes w[WORDS];
+#pragma GCC unroll 8
+        for (int j = 0; j < WORDS; ++j) w[j] = word<F>(p, part, j);
+        const Floats scale = unit.scale[part];
+        for (int r = 0; r < x.rows; ++r) {
+            Bytes a[WORDS];
+#pragma GCC unroll 8
+            for (int j = 0; j < WORDS; ++j) a[j] = D::broadcast(codes + r * STEP + 4 * j);
+            float* to = sums + r * TILE + part * D::LANES;
+            const Floats found = D::to_float(unit.whole(dot<F>(w, a), D::set(totals[r]), part));
+            D::store(to, D::fma(found, D::mul(scale, D::set(scales[r])), D::load_floats(to)));
+        }
+    }
+}
+
+// EXTRA: planes beyond the base of nested weights.
+template <Format F, int EXTRA>
+void product_of(const MatrixRef& w, int64_t tile, const Bundle& x, float* out) {
+    constexpr Format SIGN = Format::tiles_sign;
+    const uint8_t* p = w.data + tile * tile_bytes(F, w.cols, w.group);
+    const int64_t sign_bytes = EXTRA ? tile_bytes(SIGN, w.cols, w.group) : 0;
+    const uint8_t* q[2] = {EXTRA > 0 ? w.third + tile * sign_bytes : nullptr, EXTRA > 1 ? w.fourth + tile * sign_bytes : nullptr};
+    const int64_t blocks = w.cols / STEP;
+    const int steps = w.group / STEP;
+    Floats sums[PARTS];
+    for (auto& sum : sums) sum = D::set(0.0f);
+    const bool single = x.rows == 1;
+    if (!single)
+        for (int i = 0; i < x.rows * TILE; ++i) out[i] = 0.0f;
+    for (int64_t b = 0; b < blocks;) {
+        const Unit<F> unit(p);
+        const Unit<SIGN> third(EXTRA > 0 ? q[0] : p), fourth(EXTRA > 1 ? q[1] : p);
+        D::prefetch(p + AHEAD);
+        p += head_bytes(F);
+        for (int e = 0; e < EXTRA; ++e) q[e] += head_bytes(SIGN);
+        for (int i = 0; i < steps; ++i, ++b) {
+            prefetch<F>(p);
+            for (int e = 0; e < EXTRA; ++e) prefetch<SIGN>(q[e]);
+            if (single) {
+                Bytes a[WORDS];
+#pragma GCC unroll 8
+                for (int j = 0; j < WORDS; ++j) a[j] = D::broadcast(x.codes + b * STEP + 4 * j);
+                const Floats by = D::set(x.scales[b]);
+                const Ints sum = D::set(x.sums[b]);
+                add_single<F>(p, unit, a, by, sum, sums);
+                if constexpr (EXTRA > 0) add_single<SIGN>(q[0], third, a, by, sum, sums);
+                if constexpr (EXTRA > 1) add_single<SIGN>(q[1], fourth, a, by, sum, sums);
+            } else {
+                add_many<F>(p, unit, x, b, out);
+                if constexpr (EXTRA > 0) add_many<SIGN>(q[0], third, x, b, out);
+                if constexpr (EXTRA > 1) add_many<SIGN>(q[1], fourth, x, b, out);
+            }
+            p += step_bytes(F);
+            for (int e = 0; e < EXTRA; ++e) q[e] += step_bytes(SIGN);
+        }
+    }
+    if (single)
+        for (int part = 0; part < PARTS; ++part) D::store(out + part * D::LANES, sums[part]);
+}
+
+void product(const MatrixRef& w, int64_t tile, const Bundle& x, float* out) {
+    switch (w.format) {
+        case Format::tiles_int8: return product_of<Format::tiles_int8, 0>(w, tile, x, out);
+        case Format::tiles_int4: return product_of<Format::tiles_int4, 0>(w, tile, x, out);
+        case Format::tiles_int3: return product_of<Format::tiles_int3, 0>(w, tile, x, out);
+        case Format::tiles_int2: return product_of<Format::tiles_int2, 0>(w, tile, x, out);
+        case Format::tiles_mxfp4: return product_of<Format::tiles_mxfp4, 0>(w, tile, x, out);
+        case Format::tiles_nested:
+            if (w.fourth) return product_of<Format::tiles_nested, 2>(w, tile, x, out);
+            if (w.third) return product_of<Format::tiles_nested, 1>(w, tile, x, out);
+            return product_of<Format::tiles_nested, 0>(w, tile, x, out);
+        default: return;
+    }
+}
+
+}  // namespace
+}  // namespace moestro
