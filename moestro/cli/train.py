@@ -27,6 +27,7 @@ EPILOG = """Examples:
   moestro train config.json --data law=./law.jsonl --data installed:code -o ./run
   moestro train mixed -o ./run --set optimiser.rate=0.002 --set model.router=switch
   moestro train --resume ./run                           after Ctrl-C, a kill or a crash: the same losses, bit for bit
+  moestro train tiny -o ./run --export mixtral           then: moestro run ./run/mixtral --raw "The "
   torchrun --nproc-per-node 2 -m moestro train mixed -o ./run
 
 --data is [DOMAIN=]WHERE: a text, JSON-lines or Parquet file, a folder, a pattern with *, installed[:DOMAIN] (what this
@@ -55,6 +56,14 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Continue the run in this folder.", show_default=False)
     ] = None,
+    export: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FAMILY",
+            help="Also write the result as this Hugging Face family (mixtral, olmoe, ...; auto: the first that fits).",
+            show_default=False,
+        ),
+    ] = None,
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -71,7 +80,7 @@ def train(
 
     from moestro.train.config import changed, read_config
     from moestro.train.parallel import joined
-    from moestro.train.session import keep, locked, reopen, start
+    from moestro.train.session import check_export, keep, locked, reopen, start
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -85,6 +94,7 @@ def train(
     with joined() as group, locked(folder, group, new=resume is None), stopping() as stop:
         report = Progress(quiet or not group.first)
         loop = start(change({}), folder, group, report) if resume is None else reopen(folder, group, report, change)
+        check_export(loop, export or ())
         report.begin(loop)
         summary = loop.run(stop)
         if summary["stopped"]:
@@ -93,7 +103,7 @@ def train(
             return INTERRUPTED
         if not group.first:
             return 0
-        result = {"output": str(folder), **keep(loop), **summary}
+        result = {"output": str(folder), **keep(loop, export or ()), **summary}
     if as_json:
         emit(result)
     else:
@@ -107,7 +117,7 @@ def told(result: dict[str, Any]) -> str:
     if found := result["evaluation"]:
         lines.append(f"held out: loss {found['loss']:.4f} nats per token, {found['bits_per_byte']:.4f} bits per byte")
         lines.append("  " + "  ".join(f"{name} {loss:.3f}" for name, loss in found["domains"].items()))
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"{family}: {folder}" for family, folder in result["exported"].items())])
 
 
 class Progress:
@@ -124,6 +134,8 @@ class Progress:
             say(f"{total:,} parameters; tokens by domain: {names}")
             if loop.step:
                 say(f"going on after step {loop.step}")
+            if loop.moved:
+                say(f"the last bits of the losses may differ: {', '.join(loop.moved)}")
 
     def __call__(self, entry: dict[str, Any]) -> None:
         if self.quiet:

@@ -66,6 +66,7 @@ class Loop:
         self.meter = Meter(module)
         self.step = 0
         self.evaluation: dict[str, Any] = {}
+        self.moved: list[str] = []  # what is not as it was when the checkpoint was written
         self._kept = -1  # entries of the log up to this step stay
         self.group.copy_first(checkpoint.tensors_of(self.modules).values())
 
@@ -87,6 +88,8 @@ class Loop:
         checkpoint.load(saved, self.modules, self.optimiser)
         self.step, self.evaluation = saved.step, saved.state["evaluation"]
         self._kept = saved.step
+        now = self._machine()
+        self.moved = [f"{name} {saved.state[name]} then, {now[name]} now" for name in now if saved.state[name] != now[name]]
         return True
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
@@ -137,9 +140,7 @@ class Loop:
                 "data": self.stream.tokens.digest,
                 "tokens": self.step * self.tokens_per_step,
                 "evaluation": self.evaluation,
-                "processes": self.group.size,
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
+                **self._machine(),
             }
             checkpoint.save(self.folder, self.step, self.modules, self.optimiser, state, self.config.keep)
         self.group.wait()
@@ -218,6 +219,10 @@ class Loop:
                 bits += loss / math.log(2)
                 share += count * domain.bytes / domain.tokens
         return {"loss": float(sums[:, 0].sum() / sums[:, 1].sum()), "bits_per_byte": bits / share, "domains": domains}
+
+    def _machine(self) -> dict[str, Any]:
+        """What must stay for the losses to stay equal in their last bits."""
+        return {"processes": self.group.size, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
     def _timed_step(self) -> dict[str, Any]:
         began = time.perf_counter()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -137,11 +138,34 @@ def locked(folder: Path, group: Group, *, new: bool) -> Iterator[None]:
         os.close(handle)
 
 
-def keep(loop: Loop) -> dict[str, Any]:
-    """Write the trained model and its tokenizer as MODEL/ in the run's folder; says where. Raises StorageError."""
-    from moestro.models.trained import save_trained
+def check_export(loop: Loop, families: Sequence[str]) -> None:
+    """Write the untrained model as each family and throw it away, so that a refusal comes before the training. Raises UnsupportedModel."""
+    if families and loop.group.first:
+        from moestro.models.trained_export import export
 
-    place = loop.folder / MODEL
-    save_trained(loop.module, place, overwrite=True)
-    loop.stream.tokens.save_tokenizer(place)
-    return {"model": str(place), "parameters": sum(p.numel() for p in loop.parameters)}
+        with tempfile.TemporaryDirectory(dir=loop.folder) as place:
+            for i, family in enumerate(families):
+                export(loop.module, Path(place) / str(i), family, verify=False)
+
+
+def keep(loop: Loop, families: Sequence[str] = ()) -> dict[str, Any]:
+    """Write the trained model with its tokenizer as MODEL/ in the run's folder, and beside it each export; says where.
+
+    families: Hugging Face families, or 'auto'. Raises StorageError, UnsupportedModel, and CheckpointError when transformers computes
+    other logits.
+    """
+    from moestro.models.trained import save_trained
+    from moestro.models.trained_export import export
+
+    loop.module.eval()
+    save_trained(loop.module, loop.folder / MODEL, overwrite=True)
+    places = {family: loop.folder / family for family in families}
+    for family, place in places.items():
+        export(loop.module, place, family, overwrite=True)
+    for place in (loop.folder / MODEL, *places.values()):
+        loop.stream.tokens.save_tokenizer(place)
+    return {
+        "model": str(loop.folder / MODEL),
+        "exported": {family: str(place) for family, place in places.items()},
+        "parameters": sum(p.numel() for p in loop.parameters),
+    }

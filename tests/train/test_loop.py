@@ -124,6 +124,19 @@ def test_maxvio_by_hand(make_config, make_loop):
     assert entry["maxvio"] == entry["maxvio_worst"] == 3.0 and entry["active"] == 1.0
 
 
+def test_pure_micro_batches_are_of_one_domain(make_config, make_loop):
+    seen = []
+
+    def objective(module, batch, step, rng):
+        seen.append(set(batch.domain_B.tolist()))
+        return Outcome(run(module, batch, step, rng).logits_BTV.mean())
+
+    loop = make_loop(make_config(batch=16, micro_batch=4, data={"pure": True}), objective=objective)
+    for _ in range(3):
+        loop.train_step()
+    assert len(seen) == 12 and all(len(domains) == 1 for domains in seen) and len(set.union(*seen)) > 1
+
+
 def test_bfloat16_autocast(make_config, make_loop, tmp_path):
     full = make_loop(make_config(steps=3), tmp_path / "a")
     half = make_loop(make_config(steps=3, precision="bfloat16"), tmp_path / "b")

@@ -107,6 +107,14 @@ def test_the_newest_checkpoints_stay(make_config, make_loop):
     assert sorted(os.listdir(loop.folder / checkpoint.FOLDER)) == ["step-00000006", "step-00000007"]
 
 
+def test_other_threads_are_said(make_config, make_loop, monkeypatch):
+    make_loop(make_config(steps=1)).run()
+    same, other = make_loop(make_config()), make_loop(make_config())
+    assert same.resume() and same.moved == []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert other.resume() and other.moved == ["threads 1 then, 7 now"]
+
+
 def test_a_half_written_checkpoint_is_none(make_config, make_loop):
     loop = make_loop(make_config(steps=2, save_every=1, keep=5))
     loop.run()

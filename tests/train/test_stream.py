@@ -31,15 +31,20 @@ def test_targets_are_the_next_tokens_of_the_text(tokens):
 
 def test_each_lap_has_every_training_sequence_once_and_no_held_out_one(tokens):
     made = stream(tokens)
-    lap = sum(made.training)
+    lap = sum(map(len, made.training))
     for start in (0, lap):
         seen = Counter(made.place(start + i) for i in range(lap))
         assert set(seen.values()) == {1}
-        assert set(seen) == {(d, i) for d, n in enumerate(made.training) for i in range(n)}
+        assert set(seen) == {(d, int(i)) for d, places in enumerate(made.training) for i in places}
     assert [made.place(i) for i in range(lap)] != [made.place(lap + i) for i in range(lap)]
     held = {place for rows in made.held_out_places(10**6) for place in rows}
-    assert len(held) == sum(made.held_out) and not held & set(seen)
-    assert [len(rows) for rows in made.held_out_places(2)] == [2, 2, min(2, made.held_out[2])]
+    assert not held & set(seen) and [len(out) for out in made.held_out] == [18, 12, 6]
+    assert len(held | set(seen)) == sum((d.tokens - 1) // 16 for d in tokens.domains)
+    assert [row[1] for row in made.held_out_places(10**6)[2]][:3] == [5, 15, 25]  # spread over the domain
+    assert [len(rows) for rows in made.held_out_places(2)] == [2, 2, 2] and {
+        place for rows in made.held_out_places(2) for place in rows
+    } < held
+    assert stream(tokens, seed=9).held_out_places(4) == made.held_out_places(4)
 
 
 @settings(max_examples=25, deadline=None)
@@ -56,12 +61,12 @@ def test_seeds_differ(tokens):
 
 def test_weights_set_the_shares_and_every_sequence_still_comes(tokens):
     made = stream(tokens, weights={"digits": 3, "letters": 1})
-    lap = sum(made.training)
+    lap = sum(map(len, made.training))
     seen = [made.place(i) for i in range(6 * lap)]
     share = Counter(domain for domain, _ in seen)
     assert set(share) == {1, 2} and share[2] / share[1] == pytest.approx(3, rel=0.03)
     used = Counter(place for place in seen if place[0] == 2)
-    assert len(used) == made.training[2] and max(used.values()) - min(used.values()) <= 1
+    assert len(used) == len(made.training[2]) and max(used.values()) - min(used.values()) <= 1
 
 
 def test_groups_are_of_one_domain(tokens):
@@ -97,6 +102,6 @@ def test_text_that_is_too_short_and_weights_that_cannot_be(tokens, options, said
 
 def test_a_text_of_exactly_one_sequence(tmp_path):
     made = stream(prepare([("a", "x" * 16)], "bytes", tmp_path / "t"), holdout=0)
-    assert made.training == [1] and [made.place(i) for i in range(3)] == [(0, 0)] * 3
+    assert [len(p) for p in made.training] == [1] and [made.place(i) for i in range(3)] == [(0, 0)] * 3
     with pytest.raises(InputError, match="17 tokens"):
         stream(prepare([("a", "x" * 16)], "bytes", tmp_path / "t"))

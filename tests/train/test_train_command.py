@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moestro.cli.main import main
 from moestro.models.tokenizer import Tokenizer
 from moestro.models.trained import load_trained
 from moestro.train.log import read
@@ -26,8 +27,6 @@ def train(capsys, tmp_path):
     """train(...) -> (exit code, stdout, stderr) of a small run in tmp_path/run, unless it is told otherwise."""
 
     def call(*arguments: object, small: bool = True) -> tuple[int, str, str]:
-        from moestro.cli.main import main
-
         settings = [part for row in SMALL for part in ("--set", row)] if small else []
         capsys.readouterr()
         code = main(["train", *map(str, arguments), *settings])
@@ -44,10 +43,9 @@ def text(tmp_path: Path) -> Path:
     return tmp_path / "texts"
 
 
-def test_a_run_from_data_to_model(train, text, tmp_path):
-    code, out, err = train(
-        "tiny", "--data", text, "--data", f"third={text / 'egg'}", "-o", tmp_path / "run", "--steps", 5, "--json"
-    )
+def test_a_run_from_data_to_model(train, text, tmp_path, capsys):
+    data = ["--data", text, "--data", f"third={text / 'egg'}"]
+    code, out, err = train("tiny", *data, "-o", tmp_path / "run", "--steps", 5, "--export", "mixtral", "--json")
     assert code == 0, err
     result = json.loads(out)
     assert (
@@ -62,6 +60,19 @@ def test_a_run_from_data_to_model(train, text, tmp_path):
     with torch.no_grad():
         assert module(torch.tensor([ids])).logits_BTV.shape == (1, 7, 257)
     assert sum(p.numel() for p in module.parameters()) == result["parameters"]
+    assert main(["run", result["exported"]["mixtral"], "--raw", "ham and", "-n", "4", "--ignore-eos", "--json"]) == 0
+    ran = json.loads(capsys.readouterr().out)
+    ids = Tokenizer.open(result["model"]).encode("ham and")
+    for _ in range(4):  # greedy decoding of the trained module, written out
+        with torch.no_grad():
+            ids.append(int(module(torch.tensor([ids])).logits_BTV[0, -1].argmax()))
+    assert ran["answers"][0]["tokens"] == ids[7:]
+
+
+def test_a_family_that_cannot_express_the_model_is_refused_before_training(train, text, tmp_path):
+    arguments = ["tiny", "--data", text, "-o", tmp_path / "run", "--set", "model.activation=relu", "--export", "auto"]
+    code, out, err = train(*arguments)
+    assert code == 2 and out == "" and "no Hugging Face family" in err and not (tmp_path / "run" / "log.jsonl").exists()
 
 
 def test_resume_goes_on_and_refuses_another_configuration(train, text, tmp_path):

@@ -1,7 +1,7 @@
 """Which sequence comes when: packed sequences of all domains in an order that is a pure function of (seed, step).
 
-A domain's ids are cut into sequences of S inputs and their S following targets; sequence i covers ids i*S to i*S+S. The last ones of
-each domain are held out. A cycle goes through every domain's share in shuffled order; within a domain every sequence is used before one
+A domain's ids are cut into sequences of S inputs and their S following targets; sequence i covers ids i*S to i*S+S. Some, spread evenly
+over the domain and the same for every seed, are held out. A cycle goes through every domain's share in shuffled order; within a domain every sequence is used before one
 is used again. Nothing is drawn from a stateful generator, so any step can be reached directly, which is what makes runs resumable.
 """
 
@@ -74,9 +74,11 @@ class Stream:
                     + (" and one held out" if holdout > 0 else ""),
                     fix="give more text or a smaller data.length" + (", or data.holdout=0" if holdout > 0 else ""),
                 )
-        self.training = [n - h for n, h in zip(whole, held, strict=True)]
-        self.held_out = held
-        units = [n // group for n in self.training]
+        self.held_out = [
+            np.array([(2 * j + 1) * n // (2 * h) for j in range(h)], np.int64) for n, h in zip(whole, held, strict=True)
+        ]
+        self.training = [np.setdiff1d(np.arange(n), out) for n, out in zip(whole, self.held_out, strict=True)]
+        units = [len(places) // group for places in self.training]
         self._units = np.asarray(units, np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self._shares(units, weights))])
         self._order = lru_cache(maxsize=2 + 2 * len(units))(shuffled)
@@ -100,7 +102,8 @@ class Stream:
         domain = int(np.searchsorted(self._starts, slot, side="right")) - 1
         share = int(self._starts[domain + 1] - self._starts[domain])
         lap, at = divmod(cycle * share + slot - int(self._starts[domain]), int(self._units[domain]))
-        return domain, int(self._order(int(self._units[domain]), self.seed, domain + 1, lap)[at]) * self.group + within
+        order = self._order(int(self._units[domain]), self.seed, domain + 1, lap)
+        return domain, int(self.training[domain][int(order[at]) * self.group + within])
 
     def batch(self, first: int, count: int) -> Batch:
         """The training sequences with running numbers first .. first+count-1."""
@@ -114,5 +117,6 @@ class Stream:
         return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.tensor([d for d, _ in places]))
 
     def held_out_places(self, most: int) -> list[list[tuple[int, int]]]:
-        """Per domain the first `most` held-out sequences."""
-        return [[(d, self.training[d] + i) for i in range(min(most, held))] for d, held in enumerate(self.held_out)]
+        """Per domain its held-out sequences, `most` of them spread evenly where there are more."""
+        kept = [out if len(out) <= most else out[np.arange(most) * len(out) // most] for out in self.held_out]
+        return [[(d, int(i)) for i in out] for d, out in enumerate(kept)]
