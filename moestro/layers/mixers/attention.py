@@ -39,19 +39,18 @@ class Attention(nn.Module):
         nn.init.normal_(self.o_proj.weight, std=config.init_std / (2 * config.layers) ** 0.5)
 
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        b, t, _ = x_BTD.shape
         width, norm = self.config.head_width, self.config.qk_norm
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         if norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (part.view(b, t, -1, width) for part in (q, k, v))
+        q, k, v = (part.unflatten(-1, (-1, width)) for part in (q, k, v))
         if norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v.to(q.dtype)))
         grouped = self.config.heads != self.config.key_heads
         y = functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
-        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 @method("layers.mixers.attention", kind="mixer", fidelity="exact", paper="2305.13245")

@@ -47,16 +47,15 @@ class LatentAttention(nn.Module):
         self.q_rank = q_rank
 
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        b, t, _ = x_BTD.shape
-        q = self.q_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)) if self.q_rank else x_BTD).view(b, t, self.heads, -1)
+        q = self.q_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)) if self.q_rank else x_BTD).unflatten(-1, (self.heads, -1))
         q_nope, q_rope = q.split((self.nope, self.rope), -1)
         latent, k_rope = self.kv_a_proj(x_BTD).split((self.kv_rank, self.rope), -1)
-        k_nope, v = self.kv_b_proj(self.kv_a_layernorm(latent)).view(b, t, self.heads, -1).split((self.nope, self.value), -1)
+        k_nope, v = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (self.heads, -1)).split((self.nope, self.value), -1)
         q_rope, k_rope = rotate(q_rope, *rotary), rotate(k_rope[:, :, None], *rotary)
         q = torch.cat((q_nope, q_rope), -1).transpose(1, 2)
-        k = torch.cat((k_nope, k_rope.expand(b, t, self.heads, self.rope)), -1).transpose(1, 2)
+        k = torch.cat((k_nope, k_rope.expand(-1, -1, self.heads, -1)), -1).transpose(1, 2)
         y = functional.scaled_dot_product_attention(q, k, v.transpose(1, 2).to(q.dtype), mask, is_causal=mask is None)
-        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 @method("layers.mixers.mla", kind="mixer", fidelity="exact", paper="2405.04434")
