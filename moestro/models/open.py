@@ -45,7 +45,7 @@ class LiveLayer:
     """One MoE layer of a live module. Changes made here change what the module computes."""
 
     def __init__(self, seam: Seam) -> None:
-        self.seam = seam
+        self._seam = seam
         self._wire = Wire(seam)
         self._own = LiveRouter(seam, self._wire)
         self._router: Router = self._own
@@ -56,7 +56,7 @@ class LiveLayer:
 
     @property
     def facts(self) -> LayerFacts:
-        return self.seam.facts
+        return self._seam.facts
 
     @property
     def router(self) -> Router:
@@ -69,9 +69,9 @@ class LiveLayer:
     @property
     def shared(self) -> Callable[[Any], Any] | None:
         """x_TD -> y_TD of the experts that see every token, with their gate if they have one; None without."""
-        if any("shared" in name for name, _ in self.seam.block.named_children()):
-            return lambda x_TD: without_experts(self.seam, x_TD)
-        beside = [m for name, m in self.seam.decoder.named_children() if "shared" in name and m is not None]
+        if any("shared" in name for name, _ in self._seam.block.named_children()):
+            return lambda x_TD: without_experts(self._seam, x_TD)
+        beside = [m for name, m in self._seam.decoder.named_children() if "shared" in name and m is not None]
         return beside[0] if beside else None
 
     def route(self, x_TD: torch.Tensor, ctx: RouteContext | None = None) -> Routing:
@@ -98,7 +98,7 @@ class LiveLayer:
         if self._router is self._own:
             routing = Routing(index_TK, weights_TK, self._wire.logits_TE, self._wire.probs() if self._watchers else None)
         else:
-            routing = self._router(x_TD, replace(self.context, training=bool(self.seam.block.training)))
+            routing = self._router(x_TD, replace(self.context, training=bool(self._seam.block.training)))
         y_TD = self._experts.run(x_TD, routing)
         for fn in list(self._watchers.values()):
             fn(self.facts.ordinal, x_TD, routing, y_TD)
@@ -157,7 +157,7 @@ class Model:
 
         ids_T = torch.tensor(tokens, dtype=torch.int64)
         records: dict[int, LayerRecord] = {}
-        streams = {layer.facts.ordinal: Stream(layer.seam) for layer in self.layers} if inputs else {}
+        streams = {layer.facts.ordinal: Stream(layer._seam) for layer in self.layers} if inputs else {}
 
         def record(ordinal: int, x_TD: Any, routing: Routing, y_TD: Any) -> None:
             given = (x_TD, y_TD, streams[ordinal].before(x_TD)) if inputs else ()

@@ -145,8 +145,8 @@ def test_the_residual_stream_is_found(family, tmp_path):
     model, _ = running(tmp_path, family)
     seen = {}
     for layer in model.layers:
-        layer.seam.block.register_forward_hook(lambda m, a, out, n=layer.facts.ordinal: seen.setdefault(n, []).append(out))
-        layer.seam.decoder.register_forward_hook(lambda m, a, out, n=layer.facts.ordinal: seen.setdefault(n, []).append(out))
+        layer._seam.block.register_forward_hook(lambda m, a, out, n=layer.facts.ordinal: seen.setdefault(n, []).append(out))
+        layer._seam.decoder.register_forward_hook(lambda m, a, out, n=layer.facts.ordinal: seen.setdefault(n, []).append(out))
     (output,) = model.run([list(range(5, 17))], inputs=True)
     scale = getattr(model.module.config, "residual_multiplier", 1.0)
     for record in output.records:

@@ -1,0 +1,31 @@
+"""The parts of the profiling benchmark that need no large model, at a tiny size."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import profiles as bench  # noqa: E402
+
+
+def test_statistics_and_trace():
+    (row,), trace = bench.statistics_cost(1024)
+    assert row["tokens"] == 1024 and 0 < row["mb"] < 200 and row["us_per_token"] > 0 and row["probes"] >= 9
+    assert trace.tokens == 1024 and trace.counts().sum() == 1024 * 16 * 8
+    found = {r.get("form", r["what"]): r for r in bench.trace_cost(trace, 16)}
+    assert found["trace"]["bytes_per_slot"] < 3 and found["trace"]["open_s"] < 1
+    assert found["token by token"]["tokens"] == 16 and found["sequences read whole"]["tokens"] == 1024
+
+
+def test_a_decoders_form_has_a_pass_per_token():
+    _, trace = bench.statistics_cost(512)
+    made = bench.by_token(trace, 10)
+    assert [s.rows.stop - s.rows.start for s in made.steps()] == [1] * 10
+    assert np.array_equal(made.experts_LTK, trace.experts_LTK[:, :10]) and not any(s.prefill for s in made.steps())
+
+
+def test_no_benchmark_hides_a_module_of_python():
+    assert not {path.stem for path in BENCHMARKS.glob("*.py")} & set(sys.stdlib_module_names)
