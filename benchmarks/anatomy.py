@@ -3,7 +3,7 @@
     python benchmarks/anatomy.py                    7 B parameters in 4 bits
     python benchmarks/anatomy.py --scale 0.02       a quick look (the results then go to the work folder)
 
-One engine decodes in this process, once with all experts in memory and once with the engine's own budget at half of them. Every call
+An engine decodes with all experts in memory, and another with a budget for half of them. Every call
 of the native code is timed; what is left of a step is Python. Plain and timed steps take turns, which tells what the timing itself costs.
 The expert kernel's rate by rows gives the roofline.
 """
@@ -13,9 +13,11 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -133,6 +135,12 @@ def steps(program: programs.Program, shape: shapes.Shape, percent: int, args: An
     }
 
 
+def alone(job: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of the job in a process of its own, whose memory is gone when it ends."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(job, *arguments).result()
+
+
 def counted(engine: Any) -> tuple[int, int, float]:
     """Misses, bytes read and seconds in which a read was under way, so far."""
     misses = engine.cache.table.counts(prefill=False).misses
@@ -184,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = {}
     for place, percent in PLACES.items():
         with locked(args.lock):
-            found[place] = cells.measure(place, steps, program, shape, percent, args)
+            found[place] = cells.measure(place, alone, steps, program, shape, percent, args)
         row = found[place]
         print(
             f"{place}: {row['step_ms']['median']:.2f} ms a step, Python {100 * row['python_share']:.1f} %, "

@@ -98,6 +98,51 @@ def plot_scaling(report: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_roofline(report: dict[str, Any], others: dict[str, dict[str, Any]], path: Path) -> None:
+    """Operations per second by operations per byte of weights: the memory's slope, the kernel's best as the roof, and what was reached.
+
+    report: of anatomy. others: of decode and prefill, as far as there are; whole models stand where their arithmetic does.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kernel = report["kernel"]
+    rate = sorted(r["memory_rate"] for r in kernel)[len(kernel) // 2]
+    roof = max(r["operations_per_s"] for r in kernel)
+    figure, ax = plt.subplots(figsize=(7, 4.6))
+    at = [r["operations_per_byte"] for r in kernel]
+    left, right = at[0] / 2, at[-1] * 2
+    ax.plot([left, roof / rate, right], [left * rate / 1e9, roof / 1e9, roof / 1e9], "--", color="crimson", lw=1.4, label="roof")
+    ax.plot(at, [r["operations_per_s"] / 1e9 for r in kernel], "o-", color=COLOURS["moestro"], ms=5, label="expert kernel alone")
+    for r in kernel:
+        y = r["operations_per_s"] / 1e9
+        ax.annotate(str(r["rows"]), (r["operations_per_byte"], y), xytext=(4, -11), textcoords="offset points", fontsize=8)
+    if found := others.get("decode"):
+        active = sum(found["settings"]["active_bytes"].values())
+        for name, row in found["summary"]["programs"].items():
+            y = at[0] * row["tokens_per_s"]["median"] * active / 1e9
+            ax.plot([at[0]], [y], "s", color=COLOURS[name], ms=8, mec="black", label=f"{name}, a decode step")
+    if found := others.get("prefill"):
+        for row in found["summary"]["rows"]:
+            if row["peer"] != "llama.cpp Q4_0":
+                continue
+            x = at[0] * row["tokens"] * found["top_k_share"]
+            for name, key in (("moestro", "moestro"), ("llama.cpp", "theirs")):
+                y = row[key]["median"] * found["operations_per_token"] / 1e9
+                label = f"{name}, prompts" if row["tokens"] == found["summary"]["rows"][0]["tokens"] else None
+                ax.plot([x], [y], "^", color=COLOURS[name], ms=8, mec="black", label=label)
+    ax.set(xscale="log", yscale="log", xlabel="operations per byte of weights (numbers: tokens per expert)", ylabel="GOP/s")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    ax.set_title(
+        f"{report['machine']['cpu']}, {report['settings']['threads']} threads: memory {rate / 1e9:.1f} GB/s, 4-bit weights",
+        fontsize=10,
+    )
+    _save(figure, path)
+
+
 def _bars(ax: Any, rows: list[dict[str, Any]], budgets: list[int], names: list[str], key: str, scale: float) -> None:
     width = 0.8 / len(names)
     label: str | None = "bound"

