@@ -45,7 +45,7 @@ def mask_of(experts_TK: Tensor, num_experts: int) -> Tensor:
 
 
 class Linear(nn.Module):
-    """logits = x W^T (+ b): the usual gate. The weight is [E, D]; `zero` starts it at 0."""
+    """logits = x W^T (+ b): the usual gate. The weight is [E, D]; `zero` starts it at 0. Leaves it as rows_ED in ctx.notes for losses."""
 
     def __init__(self, site: Site, *, bias: bool = False, zero: bool = False) -> None:
         super().__init__()
@@ -54,8 +54,9 @@ class Linear(nn.Module):
             nn.init.zeros_(self.gate.weight)
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Tensor:
-        bias = self.gate.bias
-        return nn.functional.linear(x_TD, self.gate.weight.float(), None if bias is None else bias.float())
+        bias, rows_ED = self.gate.bias, self.gate.weight.float()
+        ctx.notes["rows_ED"] = rows_ED
+        return nn.functional.linear(x_TD, rows_ED, None if bias is None else bias.float())
 
 
 def softmax(logits_TE: Tensor, ctx: RouteContext) -> Tensor:
