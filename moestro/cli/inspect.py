@@ -75,8 +75,8 @@ def what_fits(
     """One row per budget: slots, share of the experts in memory and, with `probe`, a forecast; or what it would take."""
     from moestro.core.errors import BudgetError
     from moestro.core.experts import ExpertKey
-    from moestro.engine.residency import memory_rate_of, plan_residency
-    from moestro.kernels import reader
+    from moestro.engine.residency import MEMORY_PROBED, plan_residency
+    from moestro.kernels import bandwidth, reader
 
     parts = layout.parts(ExpertKey(0, 0))
     known: dict[str, Any] = {
@@ -87,7 +87,7 @@ def what_fits(
     }
     if probe:
         known["disk_rate"] = reader.probe(parts[0].file, max(part.nbytes for part in parts))
-        known["memory_rate"] = memory_rate_of()
+        known["memory_rate"] = bandwidth.probe(nbytes=MEMORY_PROBED)
     experts = sum(layer.num_experts for layer in layout.facts.layers)
     rows = []
     for budget in budgets or around(checkpoint, layout, known):

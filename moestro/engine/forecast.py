@@ -21,8 +21,9 @@ REPEATED = 0.6  # share of experts that the next token uses again in the friendl
 # Of models with more layers only so many are simulated, with slots in proportion. The hit rate differs by some 2 points, and by
 # more only where shared slots hold about one token's experts: there LRU drops to 0, which rounding the slots hides.
 LAYERS_SIMULATED = 8
-# Matrix-vector products and Python between them, measured with torch on 2 cores: share of the memory rate, seconds per layer.
-EASY, HARD = (0.7, 0.3e-3), (0.35, 1e-3)
+# Of each trunk, at its best and at its worst (small matrices, a busy machine): the share of the memory rate of all cores at which
+# matrix-vector products read weights, and the seconds between them per layer. Measured on 2 cores.
+EASE = {"native": ((0.9, 0.15e-3), (0.5, 0.8e-3)), "transformers": ((0.37, 0.3e-3), (0.18, 1e-3))}
 
 
 def assumed_hit_rate(
@@ -78,6 +79,7 @@ def forecast(
     disk_rate: float,
     memory_rate: float,
     expert_bytes: int,
+    trunk: str = "transformers",
     hit_rate: float | None = None,
     missed_bytes_per_token: float | None = None,
 ) -> Forecast:
@@ -86,20 +88,20 @@ def forecast(
     Args:
         hits: worse and better hit rate.
         trunk_bytes: in memory. expert_bytes: read for one token if every expert misses.
-        disk_rate, memory_rate: bytes/s.
+        disk_rate, memory_rate: bytes/s. trunk: 'native' or 'transformers'.
         hit_rate, missed_bytes_per_token: what is expected, if a replay says; by default the middle of `hits`.
     """
     low, high = min(hits), max(hits)
     expected = (low + high) / 2 if hit_rate is None else hit_rate
-    slow = compute_seconds(facts, trunk_bytes, memory_rate, HARD) + (1 - low) * expert_bytes / disk_rate
-    fast = max(compute_seconds(facts, trunk_bytes, memory_rate, EASY), (1 - high) * expert_bytes / disk_rate)
+    slow = compute_seconds(facts, trunk_bytes, memory_rate, trunk, best=False) + (1 - low) * expert_bytes / disk_rate
+    fast = max(compute_seconds(facts, trunk_bytes, memory_rate, trunk), (1 - high) * expert_bytes / disk_rate)
     missed = (1 - expected) * expert_bytes if missed_bytes_per_token is None else missed_bytes_per_token
     return Forecast(1 / slow, 1 / fast, expected, missed, disk_rate, memory_rate)
 
 
-def compute_seconds(facts: ModelFacts, trunk_bytes: int, memory_rate: float, ease: tuple[float, float] = EASY) -> float:
+def compute_seconds(facts: ModelFacts, trunk_bytes: int, memory_rate: float, trunk: str, *, best: bool = True) -> float:
     """Seconds of arithmetic per decoded token: bound by reading every weight it uses once."""
-    share, overhead = ease
+    share, overhead = EASE[trunk][0 if best else 1]
     return (trunk_bytes + facts.active_expert_bytes) / (share * memory_rate) + overhead * facts.decoder_layers
 
 

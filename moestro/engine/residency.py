@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -40,6 +39,7 @@ TIE = 0.002  # hit rates closer than this are equal: the simpler setting wins
 PAYS = 0.97  # a predictor has to bring decode time below this share
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 MARGIN = 16 * MIB  # what allocators keep beyond what is in use
+MEMORY_PROBED = 64 * MIB  # more than caches hold, and less than a small budget
 GRAIN = 8 * MIB  # the measured runtime is rounded up to it, so that a budget named once works the next time
 
 
@@ -164,7 +164,7 @@ def decide(
     total = sum(layer.num_experts for layer in facts.layers)
     capacity = min(total, (memory - fixed - buffers) // slot_bytes)
     asked = _named(eviction, eviction_options, predictor, predictor_options, facts)
-    chosen, report = _choose(facts, capacity, scope, asked, prefetch, trace, trunk_bytes, disk_rate, memory_rate)
+    chosen, report = _choose(facts, capacity, scope, asked, prefetch, trace, trunk_bytes, disk_rate, memory_rate, trunk)
     spent = Memory(memory, runtime_bytes, trunk_bytes, kv_cache, buffers, sum(chosen.slots) * slot_bytes)
     options: dict[str, Any] = {"memory": memory, "context": context, "batch": batch, "chunk": chunk}
     if chosen.allocation:
@@ -191,7 +191,7 @@ def decide(
         trunk=trunk,
         trunk_codec=trunk_codec,
         precision=precision,
-        forecast=_forecast(facts, chosen, report, capacity == total, trunk_bytes, disk_rate, memory_rate),
+        forecast=_forecast(facts, chosen, report, capacity == total, trunk_bytes, disk_rate, memory_rate, trunk),
     )
     plan.check(facts)
     return plan
@@ -285,6 +285,7 @@ def _choose(
     trunk_bytes: int,
     disk_rate: float,
     memory_rate: float,
+    trunk: str,
 ) -> tuple[Setting, CacheReport | None]:
     """The setting, and its replay if there is a trace."""
     sizes, top_k = [la.expert_bytes for la in facts.layers], max(la.top_k for la in facts.layers)
@@ -313,7 +314,7 @@ def _choose(
     if fixed is not None:
         chosen = replace(chosen, **fixed)
         return chosen, chosen.replay(trace, demands, sizes) if chosen.prefetch else report
-    compute = compute_seconds(facts, trunk_bytes, memory_rate)
+    compute = compute_seconds(facts, trunk_bytes, memory_rate, trunk)
     least = PAYS * seconds_per_token(report, compute, disk_rate)
     if not report.decode_tokens or not report.missed_bytes_per_token():
         return chosen, report
@@ -347,9 +348,10 @@ def _forecast(
     trunk_bytes: int,
     disk_rate: float,
     memory_rate: float,
+    trunk: str,
 ) -> Forecast:
     """Hit rates from uniform routing to the trace's; without a trace to that of routing that repeats 60 % of the experts."""
-    rates = {"trunk_bytes": trunk_bytes, "disk_rate": disk_rate, "memory_rate": memory_rate}
+    rates: dict[str, Any] = {"trunk_bytes": trunk_bytes, "disk_rate": disk_rate, "memory_rate": memory_rate, "trunk": trunk}
     if whole:
         return forecast(facts, (1.0, 1.0), expert_bytes=facts.active_expert_bytes, **rates)
     # Pins and predictors were fitted to the trace; on other routing they are worth nothing, so the low end goes without.
@@ -413,6 +415,7 @@ def plan_residency(
     from moestro.engine import memory as accounting
     from moestro.engine.native import choose_trunk
     from moestro.engine.store import SourceStore, pages
+    from moestro.kernels import bandwidth
     from moestro.kernels.reader import probe
     from moestro.models.codecs.encode import parse_trunk_codec
     from moestro.models.native import describe
@@ -455,7 +458,7 @@ def plan_residency(
         trunk_bytes=trunk_bytes,
         slot_bytes=slot_bytes,
         disk_rate=disk_rate,
-        memory_rate=memory_rate_of() if memory_rate is None else memory_rate,
+        memory_rate=bandwidth.probe(nbytes=MEMORY_PROBED) if memory_rate is None else memory_rate,
         dtype=dtype,
         codec=codec,
         extra_bytes=extra_bytes,
@@ -482,13 +485,3 @@ def expert_sizes(checkpoint: Checkpoint, layout: Layout, codec: str, precision: 
         planes = [0 if precision is None or codec == MIXED else parse_codec(precision.width(key)).planes for key in keys]
         out.append([records[held[key]].size(p) for key, p in zip(keys, planes, strict=True)])
     return out
-
-
-def memory_rate_of(size: int = 64 * MIB) -> float:
-    """Bytes/s at which one thread reads `size` bytes of memory: the best of five sums."""
-    array, best = np.ones(size // 8), float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        array.sum()
-        best = min(best, time.perf_counter() - began)
-    return array.nbytes / best

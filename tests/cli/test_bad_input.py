@@ -305,7 +305,7 @@ TABLE: dict[str, tuple[Case, ...]] = {
             code=130,
             leaves="new.partial",
         ),
-        Case(failing("moestro.engine.residency.memory_rate_of", KeyboardInterrupt()), PLAN, ("stopped",), code=130),
+        Case(failing("moestro.kernels.bandwidth.probe", KeyboardInterrupt()), PLAN, ("stopped",), code=130),
         Case(failing("moestro.engine.replay.replay", KeyboardInterrupt(), 2), REPLAY + " --budgets 50%", ("stopped",), code=130),
     ),
 }
