@@ -107,6 +107,7 @@ def plot_roofline(report: dict[str, Any], others: dict[str, dict[str, Any]], pat
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     kernel = report["kernel"]
     rate = sorted(r["memory_rate"] for r in kernel)[len(kernel) // 2]
@@ -133,7 +134,12 @@ def plot_roofline(report: dict[str, Any], others: dict[str, dict[str, Any]], pat
                 y = row[key]["median"] * found["operations_per_token"] / 1e9
                 label = f"{name}, prompts" if row["tokens"] == found["summary"]["rows"][0]["tokens"] else None
                 ax.plot([x], [y], "^", color=COLOURS[name], ms=8, mec="black", label=label)
-    ax.set(xscale="log", yscale="log", xlabel="operations per byte of weights (numbers: tokens per expert)", ylabel="GOP/s")
+    ax.set(xscale="log", yscale="log")
+    for side in (ax.xaxis, ax.yaxis):
+        side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        side.set_major_formatter("{x:g}")
+        side.set_minor_formatter("")
+    ax.set(xlabel="operations per byte of weights (numbers: tokens per expert)", ylabel="GOP/s")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8, loc="lower right")
     ax.set_title(

@@ -1,4 +1,7 @@
-"""moestro's engine, its memory budget the same as the kernel's limit. See session.py. Options: of Engine.open, such as store."""
+"""moestro's engine, its memory budget the same as the kernel's limit. See session.py.
+
+Options: of Engine.open, such as store; `plan` is the file of a plan, which then says memory and context.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,15 @@ class Moestro:
         from moestro.engine.engine import Engine
 
         self.context = spec["context"]
+        options = dict(spec["options"])
+        if file := options.pop("plan", None):
+            from moestro.core.plan import read_plan
+
+            options["plan"] = read_plan(file)
+        else:
+            options |= {"memory": spec["memory"], "context": self.context}
         # The trace is a few integers per layer and token; it tells how much the routing repeats.
-        self.engine = Engine.open(
-            spec["model"], memory=spec["memory"], threads=spec["threads"], context=self.context, trace=True, **spec["options"]
-        )
+        self.engine = Engine.open(spec["model"], threads=spec["threads"], trace=True, **options)
 
     def start(self) -> None:
         self.engine.begin()

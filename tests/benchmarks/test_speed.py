@@ -21,6 +21,7 @@ import peers  # noqa: E402
 import picture  # noqa: E402
 import prefill  # noqa: E402
 import programs  # noqa: E402
+import quality  # noqa: E402
 import scaling  # noqa: E402
 import shapes  # noqa: E402
 import speed_page  # noqa: E402
@@ -183,6 +184,33 @@ def test_four_bits_beyond_memory(work, capsys):
     with pytest.raises(SystemExit):
         larger_than_memory.arguments(["--precision", "4bit", "--contenders", "moestro,accelerate", "--work", str(work)])
     assert "no 4-bit weights" in capsys.readouterr().err
+
+
+@needs_llama
+@pytest.mark.parametrize("codec, widths", [("mixed", ["int2:32", "int4:32"]), ("nested:32", ["nested:32/2", "nested:32"])])
+def test_fewer_bits_beyond_memory(work, monkeypatch, codec, widths):
+    held_out = {"tokens": 1, "perplexity": 1.0, "reference": 1.0, "kl": 0.0}
+    chosen = {"codec": codec, "widths": widths, "experts": [30, 90], "chosen": held_out, "held_out": held_out}
+    monkeypatch.setattr(quality, "choose", lambda *arguments: chosen)
+    monkeypatch.setattr("moestro.build.upcycle.default.ensure_default_model", lambda: work)
+    assert quality.like(chosen, TINY) == ((0,) * 4 + (1,) * 12,) * 2
+    options = [
+        "--budgets",
+        "1GB",
+        "--repeats",
+        "1",
+        "--warm",
+        "--prompt",
+        "4",
+        "--decode",
+        "4",
+        "--no-limit",
+        "--read-ahead",
+        "0",
+    ]
+    report = run(quality, work, "--data", "text", "--methods", "d2moe" if "nested" in codec else "edgemoe", "--fresh", *options)
+    (row,) = report["summary"]
+    assert row["failed"] == 0 and row["times"]["median"] > 0 and row["kept"] in (True, False)
 
 
 def test_demo_counts_the_weights_of_its_file_and_of_the_mixture(tmp_path):
