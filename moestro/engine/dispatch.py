@@ -125,4 +125,6 @@ def _by_expert(item: tuple[ExpertKey, ExpertView]) -> int:
 
 def demanded(experts_TK: np.ndarray, weights_TK: np.ndarray) -> np.ndarray:
     """experts_TK (int64) with -1 where nothing has to be computed: empty slots and weight 0."""
+    if weights_TK.all() and experts_TK.dtype == np.int64:  # the usual case, at a third of the cost
+        return experts_TK
     return np.where((experts_TK >= 0) & (weights_TK != 0), experts_TK, EMPTY).astype(np.int64, copy=False)

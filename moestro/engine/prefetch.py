@@ -64,7 +64,7 @@ class Predictor(Protocol):
 class Prefetcher:
     """Joins a predictor to a slot table, and believes it as far as it has lately been right.
 
-    Only guesses of experts that are not in memory count, whether they were read or not: `belief` is a running share, per rank
+    Only guesses of experts that are not in memory count, whether they were read or not: belief is a running share, per rank
     and per layer, of those that the layer then asked for. A guess is read while both are at least `trust`. A wrong one costs
     idle time of the disk, for the table lets go of it as soon as its layer is routed and the reader drops what it has not begun.
 
@@ -99,10 +99,10 @@ class Prefetcher:
 
 
 class _Belief:
-    """Running shares of right guesses by rank and by layer, from `start`."""
+    """Running shares of right guesses by rank and, for the ranks that are trusted, by layer. Both start at `trust`."""
 
-    def __init__(self, ranks: int, layers: int, start: float) -> None:
-        self._ranks, self._layers = [start] * ranks, [start] * layers
+    def __init__(self, ranks: int, layers: int, trust: float) -> None:
+        self._ranks, self._layers, self._trust = [trust] * ranks, [trust] * layers, trust
 
     def of(self, layer: int, rank: int) -> float:
         return min(self._layers[layer], self._ranks[rank])
@@ -110,5 +110,6 @@ class _Belief:
     def learn(self, layer: int, guessed: list[tuple[int, int]], used: set[int]) -> None:
         for rank, expert in guessed:
             right = expert in used
+            if self._ranks[rank] >= self._trust:  # the layer answers for no rank that nobody believes
+                self._layers[layer] += RATE * (right - self._layers[layer])
             self._ranks[rank] += RATE * (right - self._ranks[rank])
-            self._layers[layer] += RATE * (right - self._layers[layer])

@@ -21,7 +21,7 @@ from moestro.core.trace import Trace
 from moestro.engine.prefetch import Glimpse, Prefetcher
 from moestro.engine.table import Counts, Eviction, Moment, SlotTable, needed
 
-LRU, BELADY, NONE = "engine.evict.lru", "engine.evict.belady", "engine.predict.none"
+LRU, BELADY, NONE, GATE = "engine.evict.lru", "engine.evict.belady", "engine.predict.none", "engine.predict.gate"
 
 
 class Demand(NamedTuple):

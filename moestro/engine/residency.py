@@ -25,7 +25,18 @@ from moestro.engine.allocate.shallow import shallow
 from moestro.engine.allocate.uniform import uniform
 from moestro.engine.evict.edgemoe import EdgeMoe
 from moestro.engine.forecast import REPEATED, assumed_hit_rate, compute_seconds, forecast, seconds_per_token
-from moestro.engine.replay import LRU, NONE, CacheReport, Demands, eviction_factory, make_predictor, pins_of, policies, replay
+from moestro.engine.replay import (
+    GATE,
+    LRU,
+    NONE,
+    CacheReport,
+    Demands,
+    eviction_factory,
+    make_predictor,
+    pins_of,
+    policies,
+    replay,
+)
 from moestro.engine.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -122,8 +133,9 @@ def decide(
         disk_rate, memory_rate: bytes/s, for the forecast and for whether a predictor pays.
         context: tokens of KV cache per sequence, at most the model's own; 2048 by default. batch: sequences.
         chunk: tokens per prefill pass; by default the largest power of two up to 512 whose buffers stay small.
-        trace: of this model; policies are chosen by replaying it. Without one: LRU, or EdgeMoE's rule with so few slots
-            that LRU could never hit; slots shared or per layer, whichever does better on assumed routings.
+        trace: of this model; policies are chosen by replaying it. Without one: the next layer's router predicts, LRU evicts
+            or, with so few slots that it could never hit, EdgeMoE's rule; slots shared or per layer, whichever does better on
+            assumed routings.
         scope, eviction, predictor, prefetch and options: chosen by the caller, not here.
         trunk: 'native' or 'transformers'. codec, trunk_codec, precision: as the plan says them.
 
@@ -297,8 +309,9 @@ def _choose(
         width = 0 if asked.predictor == NONE else prefetch or top_k
         fixed = {"predictor": asked.predictor, "predictor_options": asked.predictor_options, "prefetch": width}
     if trace is None:
-        chosen = _by_assumption(facts, settings) if capacity < sum(la.num_experts for la in facts.layers) else settings[0]
-        return replace(chosen, **(fixed or {})), None
+        if capacity == sum(la.num_experts for la in facts.layers):
+            return replace(settings[0], **(fixed or {})), None
+        return replace(_by_assumption(facts, settings), **(fixed or {"predictor": GATE, "prefetch": prefetch or top_k})), None
     demands = Demands(trace)
     if capacity == sum(la.num_experts for la in facts.layers):  # all policies are the same
         settings, uneven = settings[:1], []
@@ -318,7 +331,7 @@ def _choose(
     least = PAYS * seconds_per_token(report, compute, disk_rate)
     if not report.decode_tokens or not report.missed_bytes_per_token():
         return chosen, report
-    names = ["engine.predict.previous", "engine.predict.edgemoe"] + ["engine.predict.gate"] * (trace.ahead_LTK is not None)
+    names = ["engine.predict.previous", "engine.predict.edgemoe"] + [GATE] * (trace.ahead_LTK is not None)
     plain = chosen
     for name in names:
         for width in [prefetch] if prefetch else sorted({max(1, top_k // 2), top_k}):
@@ -326,6 +339,8 @@ def _choose(
             found = candidate.replay(trace, demands, sizes)
             if (seconds := seconds_per_token(found, compute, disk_rate)) < least:
                 chosen, report, least = candidate, found, seconds
+    if chosen is plain and trace.ahead_LTK is None:  # the trace cannot say, so the engine finds out while it runs
+        chosen = replace(plain, predictor=GATE, prefetch=prefetch or top_k)
     return chosen, report
 
 

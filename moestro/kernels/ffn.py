@@ -181,33 +181,20 @@ def grouped_ffn(
 ) -> None:
     """out_ND[n] = expert g of x_TD[rows_N[n]] for starts_G1[g] <= n < starts_G1[g + 1].
 
-    x_TD, out_ND: float32, rows at any stride. rows_N: int64. experts: G of one shape, all of Matrix or all of Packed, which round the
+    x_TD, out_ND: float32, rows at any stride. rows_N, starts_G1: int64, contiguous. experts: G of one shape, all of Matrix or all of Packed, which round the
     input and what goes into the down projection to int8 (see kernels.packed). input_weight_N multiplies the input row
     (Llama 4). limit, alpha: of 'swiglu_clamped'. threads: 0 takes all cores. The interpreter lock is released.
 
     Raises:
-        ValueError: an unknown activation, 'swiglu_clamped' without a gate, or packed experts beside others.
+        ValueError: an unknown activation, 'swiglu_clamped' without a gate, packed experts beside others, or arrays that do not fit.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-    pairs = len(rows_N)
-    rows_N, starts_G1 = np.ascontiguousarray(rows_N, np.int64), np.ascontiguousarray(starts_G1, np.int64)
-    assert len(starts_G1) == len(experts) + 1 and starts_G1[0] == 0 and starts_G1[-1] == pairs
-    assert x_TD.dtype == out_ND.dtype == np.float32 and out_ND.shape == (pairs, x_TD.shape[1])
-    assert _contiguous_rows(x_TD) and _contiguous_rows(out_ND)
-    if not pairs:
-        return
-    assert rows_N.min() >= 0 and rows_N.max() < len(x_TD) and (len(starts_G1) < 3 or np.diff(starts_G1).min() >= 0)
     for expert in experts:
-        if expert.up.cols != x_TD.shape[1]:
-            raise ValueError(f"the experts take rows of {expert.up.cols}, the input has {x_TD.shape[1]}")
         if expert.gate is None and activation == "swiglu_clamped":
             raise ValueError("swiglu_clamped needs a gate")
         if type(expert.up) is not type(experts[0].up):
             raise ValueError("packed experts and experts in rows cannot share a call")
-    if input_weight_N is not None:
-        input_weight_N = np.ascontiguousarray(input_weight_N, np.float32)
-        assert input_weight_N.shape == (pairs,)
     module = native.extension()
     if module is None:
         reference_grouped_ffn(
@@ -215,20 +202,8 @@ def grouped_ffn(
             input_weight_N=input_weight_N,
         )  # fmt: skip
         return
-    module.grouped_ffn(
-        x_TD.ctypes.data,
-        x_TD.strides[0],
-        rows_N.ctypes.data,
-        starts_G1.ctypes.data,
-        [expert.handle for expert in experts],
-        ACTIVATIONS.index(activation),
-        limit,
-        alpha,
-        out_ND.ctypes.data,
-        out_ND.strides[0],
-        0 if input_weight_N is None else input_weight_N.ctypes.data,
-        threads or native.cores(),
-    )
+    handles, kind = [expert.handle for expert in experts], ACTIVATIONS.index(activation)
+    module.grouped_ffn(x_TD, rows_N, starts_G1, handles, kind, limit, alpha, out_ND, input_weight_N, threads or native.cores())
 
 
 @np.errstate(over="ignore", invalid="ignore")  # infinities and not-a-number pass through in silence, as in native code
@@ -245,6 +220,13 @@ def reference_grouped_ffn(
     input_weight_N: np.ndarray | None = None,
 ) -> None:
     """`grouped_ffn` in numpy: row by row, for a matrix product's bits depend on how many rows it has."""
+    pairs = len(rows_N)
+    if len(starts_G1) != len(experts) + 1 or starts_G1[0] or starts_G1[-1] != pairs or (np.diff(starts_G1) < 0).any():
+        raise ValueError(f"starts {starts_G1} do not divide {pairs} rows among {len(experts)} experts")
+    if out_ND.shape != (pairs, x_TD.shape[1]) or (pairs and not 0 <= rows_N.min() <= rows_N.max() < len(x_TD)):
+        raise ValueError(f"rows or out {out_ND.shape} do not fit x {x_TD.shape}")
+    if experts and experts[0].up.cols != x_TD.shape[1]:
+        raise ValueError(f"the experts take rows of {experts[0].up.cols}, the input has {x_TD.shape[1]}")
     for g, expert in enumerate(experts):
         if starts_G1[g] == starts_G1[g + 1]:
             continue

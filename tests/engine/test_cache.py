@@ -138,6 +138,19 @@ def test_a_prefetch_that_is_evicted_while_it_is_read_harms_nothing(make):
     assert not cache.tickets or all(k in cache.table for k in cache.tickets)
 
 
+def test_a_wrong_guess_is_not_read_on_and_its_slot_holds_the_right_expert(make):
+    cache, reference = make(3), make(4)
+    for step in range(8):
+        e = step % 4
+        with reference.acquire(keys(e), NOW) as lease:
+            expected = values(lease)
+        cache.fetch(cache.table.hint(keys((e + 2) % 4, (e + 3) % 4), NOW), NOW, urgent=False)
+        for lease in cache.waves(keys(e), NOW):
+            assert values(lease) == expected
+        assert set(cache.views) | set(cache.tickets) == set(cache.table.residents())
+        assert not {key.expert for key in cache.tickets}, "what was guessed and not asked for is gone"
+
+
 def test_the_pool_costs_nothing_until_it_is_used(make):
     from moestro.engine import memory
 

@@ -9,7 +9,7 @@ import pytest
 
 from moestro.core.errors import InputError
 from moestro.engine.predict.edgemoe import EdgeMoeTable
-from moestro.engine.predict.gate import Gate, widened
+from moestro.engine.predict.gate import Gate
 from moestro.engine.predict.oracle import Oracle
 from moestro.engine.predict.previous import Previous
 from moestro.engine.prefetch import Glimpse
@@ -155,12 +155,6 @@ def test_the_gate_falls_back_to_the_previous_token_at_the_first_layer():
     gate = Gate(2, (4, 4))
     gate.observe(0, np.array([[3, 1]]), NOW)
     assert gate.predict(0, None) == [1, 3]
-
-
-def test_how_far_to_widen():
-    assert widened(8, 0.010, 0.001) == 10
-    assert widened(8, 0.010, 0.005) == 8
-    assert widened(8, 0.010, 0.0) == 8
 
 
 def test_an_oracle_leaves_no_miss_in_decode_but_the_first():

@@ -121,7 +121,7 @@ def test_a_trace_of_another_model_is_refused():
 
 def test_without_a_trace_it_is_lru_with_slots_where_assumed_routing_wants_them():
     plan = with_slots(16)
-    assert (plan.eviction, plan.predictor, sum(plan.slots), plan.inputs) == (LRU, NONE, 16, {})
+    assert (plan.eviction, plan.predictor, sum(plan.slots), plan.inputs) == (LRU, "engine.predict.gate", 16, {})
     rates = {}
     for scope in ("global", "layer"):
         slots = (16,) if scope == "global" else (4, 4, 4, 4)
@@ -208,7 +208,10 @@ def test_a_predictor_is_chosen_only_if_it_pays():
     plan = with_slots(8, trace=trace, **slow)
     assert plan.predictor == "engine.predict.gate" and plan.prefetch == 2
     assert with_slots(8, trace=trace, disk_rate=1e15, memory_rate=1e9).predictor == NONE, "reads cost nothing"
-    assert with_slots(24, trace=sticky(), **slow).predictor == NONE, "nothing follows from the layer before"
+    wrong = sticky(ahead_LTK=rng.integers(0, 12, (4, 200, 2)).astype(np.int16))
+    assert with_slots(24, trace=wrong, **slow).predictor == NONE, "nothing follows from the layer before"
+    unknown = with_slots(24, trace=sticky(), **slow)
+    assert (unknown.predictor, unknown.prefetch) == ("engine.predict.gate", 2), "the trace cannot say: found out while it runs"
     assert with_slots(48, trace=trace, **slow).predictor == NONE, "everything fits"
 
 

@@ -139,6 +139,22 @@ def test_urgent_reads_overtake_prefetches(level, content):
             reader.wait(ticket)
 
 
+def test_a_cancelled_read_ends_without_being_read(level, content):
+    path, _ = content
+    whole = aligned(blocks(SIZE))
+    with Reader(1) as reader:
+        file = reader.add(path)
+        later = [reader.submit([Read(file, 0, blocks(SIZE), whole)], urgent=False) for _ in range(40)]
+        for ticket in later[1:]:
+            reader.cancel(ticket)
+        for ticket in later:
+            reader.wait(ticket)
+        assert all(reader.done(ticket) for ticket in later)
+        assert SIZE <= reader.bytes_read <= 2 * SIZE, "the first, and at most what had begun of another"
+        reader.cancel(later[0])  # what has ended stays as it is
+        reader.wait(reader.submit([Read(file, 0, BLOCK, whole)]))
+
+
 def test_close_with_reads_in_flight(level, content):
     path, _ = content
     buffer = aligned(blocks(SIZE))

@@ -7,27 +7,20 @@ Rule       ranking of layer l + 1 = order of W_{l+1} x_l ; fetch the top max(k, 
            from gate l to the experts of l + 1, t_expert the time to read one expert; residents among them need no read
 Needs      layer l's gate input and layer l + 1's router (in replay the trace's ahead_LTK)
 Gives      a ranking
-Departs    how many to fetch is a fixed count of the plan, so that replay makes the same requests; the planner tries k / 2 and k,
-           and `widened` gives the paper's number. Several tokens vote with 1 / (1 + rank). The first layer, which nothing
+Departs    how many to fetch is at most a fixed count of the plan, so that replay makes the same requests, and fewer where guesses
+           are often wrong (see Prefetcher). Several tokens vote with 1 / (1 + rank). The first layer, which nothing
            precedes, falls back to the previous token. Fate's INT2 copies and its split by popularity in prefill are not part
            of the predictor
-Checked    with a recorded glimpse equal to the next layer's experts it is the oracle; widening never lowers recall; causal
+Checked    with a recorded glimpse equal to the next layer's experts it is the oracle; causal
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 
 from moestro.core.method import method
 from moestro.engine.predict.previous import Previous
 from moestro.engine.prefetch import Glimpse
-
-
-def widened(top_k: int, window: float, expert: float) -> int:
-    """max(k, floor(T / t_expert)): how many experts to ask for when `window` seconds of compute hide reads of `expert` seconds each."""
-    return max(top_k, math.floor(window / expert)) if expert > 0 else top_k
 
 
 @method("engine.predict.gate", kind="predictor", fidelity="adapted", paper="2502.12224", needs=("ahead",))

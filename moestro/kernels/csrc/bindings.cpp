@@ -52,16 +52,6 @@ NB_MODULE(_native, m) {
         },
         nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
 
-    m.def("grouped_ffn", [](Address x, int64_t x_stride, Address rows, Address starts, nb::list experts, int activation, float limit,
-                            float alpha, Address out, int64_t out_stride, Address input_weight, int threads) {
-        FfnCall call{at<const float>(x), x_stride, at<const int64_t>(rows), at<const int64_t>(starts), {},
-                     static_cast<Activation>(activation), limit, alpha, at<float>(out), out_stride,
-                     at<const float>(input_weight), std::max(1, threads)};
-        call.experts.reserve(experts.size());
-        for (nb::handle expert : experts) call.experts.push_back(nb::cast<const Expert*>(expert));
-        Unlocked unlocked;
-        grouped_ffn(call);
-    });
     m.def("ffn_scratch_bytes", &ffn_scratch_bytes);
 
     m.def("quantise", [](Address w, int64_t rows, int64_t cols, int kind, int group, Address data, Address scales, bool half,

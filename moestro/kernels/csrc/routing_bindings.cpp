@@ -1,7 +1,8 @@
-// Routing, sums and cached keys for Python: small arrays, so that what a call costs beside its work counts. Everything is checked here.
+// Routing, experts, sums and cached keys for Python: small arrays, so that what a call costs beside its work counts. Everything is checked here.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <optional>
 
 #include "half.hpp"
 #include "kernels.hpp"
@@ -79,6 +80,35 @@ void call_combine(nb::handle out_object, nb::handle token_object, nb::handle slo
             threads);
 }
 
+// rows: int64, of x; starts: int64, ascending from 0 to the number of rows.
+void call_ffn(nb::handle x_object, nb::handle rows_object, nb::handle starts_object, nb::list experts, int activation, float limit,
+              float alpha, nb::handle out_object, nb::handle weight_object, int threads) {
+    const View x(x_object, "x"), rows(rows_object, "rows"), starts(starts_object, "starts"), out(out_object, "out", true);
+    std::optional<View> weight;
+    const int64_t pairs = rows.items(), groups = static_cast<int64_t>(experts.size());
+    whole(rows, 'l', "int64").need('l', {pairs}, "int64");
+    whole(starts, 'l', "int64").need('l', {groups + 1}, "int64");
+    if (x.type() != 'f' || x.axes() != 2 || !x.packed()) x.refuse("float32 rows");
+    out.need('f', {pairs, x.size(1)}, "float32 rows");
+    if (!weight_object.is_none()) whole(weight.emplace(weight_object, "input weight"), 'f', "float32").need('f', {pairs}, "float32");
+    const auto *row = rows.data<const int64_t>(), *start = starts.data<const int64_t>();
+    bool fits = start[0] == 0 && start[groups] == pairs;
+    for (int64_t g = 0; g < groups; ++g) fits = fits && start[g] <= start[g + 1];
+    for (int64_t n = 0; n < pairs; ++n) fits = fits && row[n] >= 0 && row[n] < x.size(0);
+    if (!fits) throw std::invalid_argument("rows outside x " + x.shape() + ", or starts that do not ascend from 0 to their number");
+    FfnCall call{x.data<const float>(), x.stride(0), row, start, {}, static_cast<Activation>(activation), limit, alpha,
+                 out.data<float>(), out.stride(0), weight ? weight->data<const float>() : nullptr, std::max(1, threads)};
+    call.experts.reserve(experts.size());
+    for (nb::handle expert : experts) {
+        call.experts.push_back(nb::cast<const Expert*>(expert));
+        if (call.experts.back()->up.cols != x.size(1))
+            throw std::invalid_argument("the experts take rows of " + std::to_string(call.experts.back()->up.cols) +
+                                        ", the input has " + std::to_string(x.size(1)));
+    }
+    MaybeUnlocked unlocked(true);
+    if (pairs) grouped_ffn(call);
+}
+
 uint16_t to_bf16_bits(float value) {  // nearest, ties to even; not-a-number stays one
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
@@ -117,6 +147,8 @@ void put(nb::handle room_object, nb::handle rows_object, int64_t at) {
 }  // namespace
 
 void bind_routing(nb::module_& m) {
+    m.def("grouped_ffn", &call_ffn, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+          nb::arg().none(), nb::arg());
     m.def("topk", &call_topk);
     m.def("sort_pairs", &call_sort_pairs);
     m.def("combine", &call_combine);
