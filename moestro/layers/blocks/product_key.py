@@ -59,7 +59,7 @@ class ProductKey(nn.Module):
         """The choice over the n rows of the first half: weights_TK are sums over what was chosen of a row, over all heads."""
         mass = weights.new_zeros(len(ids), self.n).scatter_add(1, ids // self.n, weights)
         experts = where(mass > 0, mass)
-        return Routing(experts, mass.gather(1, experts.clamp_min(0)).masked_fill(experts < 0, 0.0))
+        return Routing(experts, mass.gather(1, experts.clamp_min(0)).masked_fill(experts < 0, 0.0), mass, mass)
 
 
 @method("layers.blocks.product_key", kind="block", fidelity="adapted", paper="2407.04153")
