@@ -13,6 +13,8 @@ from moestro.core.errors import InputError
 from moestro.core.experts import ExpertKey
 from moestro.core.method import card_of, load
 from moestro.core.plans.residency import Measured, Precision, ResidencyPlan
+from moestro.engine import memory as accounting
+from moestro.engine.native import choose_trunk
 from moestro.engine.residency import plan_residency
 from moestro.engine.store import MIXED
 from moestro.engine.trial import Candidate, Trials
@@ -27,6 +29,7 @@ WIDTHS = tuple(f"int{bits}:{GROUP}" for bits in (2, 3, 4, 8))
 NESTED = tuple(f"nested:{GROUP}/{planes}" for planes in PLANES)
 LENGTH, MOST = 256, 4096  # tokens of a sequence; of each of the two parts of the text
 LEAST = 4  # sequences in each part
+SURE = 1.645  # standard errors above the mean that cover 95 %
 Report = Callable[[str], None]
 
 
@@ -58,8 +61,17 @@ class Bound:
         """What was lost, in the bound's own measure."""
         return found.loss if self.kind == "ppl" else found.kl
 
-    def words(self, loss: float) -> str:
-        return f"perplexity {100 * loss:+.2f} %" if self.kind == "ppl" else f"KL {loss:.4f} nats per token"
+    def surely(self, found: Measured) -> float:
+        """What was lost at most, with 95 % confidence for text of this kind."""
+        if self.kind == "kl":
+            return found.kl + SURE * found.kl_error
+        return (1 + found.loss) * math.exp(SURE * found.error) - 1
+
+    def words(self, found: Measured) -> str:
+        loss, most = self.loss(found), self.surely(found)
+        if self.kind == "kl":
+            return f"KL {loss:.4f} nats per token, surely below {most:.4f}"
+        return f"perplexity {100 * loss:+.2f} %, surely below {100 * most:+.2f} %"
 
 
 def plan_quality(
@@ -77,7 +89,8 @@ def plan_quality(
 ) -> ResidencyPlan:
     """The plan of `plan_residency` with as few bits for each expert as the bound allows.
 
-    The first half of the text chooses; the second is measured once, when all is chosen. The model runs as stored and in each
+    The first half of the text chooses, and a candidate must be within the bound with 95 % confidence, so that little text allows
+    little; the second half is measured once, when all is chosen. The model runs as stored and in each
     candidate, in memory that is available now, whatever `memory` the plan is for.
 
     Args:
@@ -95,6 +108,11 @@ def plan_quality(
     length = min(length, layout.facts.context)
     chosen_on, held_out = parts(tokens, length)
     names = tuple(codec.name for codec in codecs)
+    whole = codecs[0].name.partition("/")[0] if nested else MIXED
+    options["runtime_bytes"] = options.get("runtime_bytes") or accounting.runtime_bytes(torch=_torch(checkpoint, layout, options))
+    plan_residency(
+        checkpoint, layout, memory, codec=codecs[0].name.partition("/")[0], precision=_uniform(layout, names[0]), **options
+    )  # or BudgetError
     trial_options = {name: options[name] for name in ("dtype", "trunk", "trunk_codec") if name in options}
     with Trials(checkpoint, layout, length, trial_options) as trials:
         evidence = trials.evidence(chosen_on, codecs)
@@ -111,34 +129,34 @@ def plan_quality(
                 for e in range(la.num_experts)
             }
 
-        losses: dict[bytes, float] = {}
+        known: dict[bytes, Measured] = {}
 
         def judge(widths_LE: np.ndarray) -> bool:
-            known = widths_LE.tobytes()
-            if known not in losses:
+            name = widths_LE.tobytes()
+            if name not in known:
                 trial = candidate(widths_LE)
-                by_growth = bound.kind == "ppl"
-                losses[known] = trials.growth(trial, chosen_on) if by_growth else trials.measured(trial, chosen_on).kl
-                kept = "within" if losses[known] <= bound.limit else "outside"
-                tell(f"{_counted(trial, names)}: {bound.words(losses[known])}, {kept} {bound}")
-            return losses[known] <= bound.limit
+                known[name] = trials.measured(trial, chosen_on, kl=bound.kind == "kl")
+                kept = "within" if bound.surely(known[name]) <= bound.limit else "outside"
+                tell(f"{_counted(trial, names)}: {bound.words(known[name])}: {kept} {bound}")
+            return bound.surely(known[name]) <= bound.limit
 
         widths_LE = choose(evidence, judge)
         if widths_LE is None:
-            best = min(losses.values())
+            best = min(known.values(), key=bound.surely)
             raise InputError(
                 f"no choice of {', '.join(names)} keeps the model within {bound}: the best has {bound.words(best)}",
                 expected="a width that does",
-                fix="allow more, offer wider --widths, leave the trunk as stored, or stay EXACT: plan without --quality",
+                fix="give more text, allow more, offer wider --widths, leave the trunk as stored, or stay EXACT: plan without --quality",
             )
         found = candidate(widths_LE)
-        measured = [trials.measured(found, text) for text in (chosen_on, held_out)]
+        measured = [trials.measured(found, text, kl=True) for text in (chosen_on, held_out)]
     used = [codec for codec in codecs if codec in found.values()]
     rows = tuple(tuple(used.index(found[ExpertKey(la.ordinal, e)]) for e in range(la.num_experts)) for la in layout.facts.layers)
     chosen = Precision(card.name, tuple(codec.name for codec in used), rows, str(bound), *measured)
     if bound.loss(measured[1]) > bound.limit:
-        tell(f"on the text that was held out it is outside the bound: {bound.words(bound.loss(measured[1]))}")
-    whole = codecs[0].name.partition("/")[0] if nested else used[0].name if len(used) == 1 else MIXED
+        tell(f"on the text that was held out it is outside the bound: {bound.words(measured[1])}")
+    if len(used) == 1 and not nested:
+        whole = used[0].name
     return plan_residency(checkpoint, layout, memory, codec=whole, precision=chosen, **options)
 
 
@@ -153,6 +171,14 @@ def parts(tokens: Sequence[int], length: int) -> tuple[list[list[int]], list[lis
             fix="give more text with --data",
         )
     return found[0], found[1]
+
+
+def _uniform(layout: Layout, name: str) -> Precision:
+    return Precision("", (name,), tuple((0,) * la.num_experts for la in layout.facts.layers))
+
+
+def _torch(checkpoint: Checkpoint, layout: Layout, options: dict[str, Any]) -> bool:
+    return choose_trunk(checkpoint, layout, options.get("trunk", "auto"), options.get("dtype", "auto")) == "transformers"
 
 
 def _codecs(layout: Layout, widths: tuple[str, ...], nested: bool) -> list[Codec]:

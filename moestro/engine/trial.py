@@ -5,8 +5,10 @@ Shapes: L MoE layers, E experts (the most of any layer), W widths, T tokens, K s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -20,7 +22,7 @@ from moestro.engine.precision.search import Evidence
 from moestro.engine.residency import plan_residency
 from moestro.engine.store import SourceStore, Views
 from moestro.engine.store import load as load_expert
-from moestro.evaluate.perplexity import measure
+from moestro.evaluate.perplexity import Quality, error_of, measure
 from moestro.kernels.ffn import ExpertView, Matrix, grouped_ffn
 from moestro.kernels.packed import Packed
 from moestro.kernels.reader import Read, Reader
@@ -82,7 +84,7 @@ class Trials:
         budget = int(SHARE * accounting.available()) + accounting.usage().resident
         self.plan = plan_residency(checkpoint, layout, budget, context=length, chunk=length, **options)
         self.reference = Engine(checkpoint, layout, replace(self.plan, trunk_codec="stored"))
-        self._perplexities: dict[int, float] = {}
+        self._known: dict[int, Quality] = {}  # of the reference, by text
 
     def __enter__(self) -> Self:
         return self
@@ -90,22 +92,22 @@ class Trials:
     def __exit__(self, *exc: object) -> None:
         self.reference.close()
 
-    def growth(self, candidate: Candidate, text: list[list[int]]) -> float:
-        """By what share the candidate's perplexity is above the reference's."""
-        if id(text) not in self._perplexities:
-            self._perplexities[id(text)] = measure(self.reference, text).perplexity
+    def measured(self, candidate: Candidate, text: list[list[int]], *, kl: bool) -> Measured:
+        """The candidate against the reference; without `kl`, which takes as long again, the divergence is said to be 0."""
+        if id(text) not in self._known:
+            self._known[id(text)] = measure(self.reference, text)
+        base = self._known[id(text)]
         with self._opened(candidate) as engine:
-            return measure(engine, text).perplexity / self._perplexities[id(text)] - 1
+            found = measure(engine, text, self.reference if kl else None)
+        errors = error_of(found.nll_N - base.nll_N), 0.0 if found.kl_N is None else error_of(found.kl_N)
+        return Measured(found.tokens, found.perplexity, base.perplexity, found.kl or 0.0, *errors)
 
-    def measured(self, candidate: Candidate, text: list[list[int]]) -> Measured:
-        """Perplexities and KL divergence."""
-        with self._opened(candidate) as engine:
-            found = measure(engine, text, self.reference)
-        return Measured(found.tokens, found.perplexity, measure(self.reference, text).perplexity, found.kl or 0.0)
-
-    def _opened(self, candidate: Candidate) -> Engine:
+    @contextmanager
+    def _opened(self, candidate: Candidate) -> Iterator[Engine]:
+        gc.collect()  # an engine and its trunk know each other: the last candidate's experts would stay beside this one's
         store = TrialStore(SourceStore(self.checkpoint, self.layout), candidate)
-        return Engine(self.checkpoint, self.layout, self.plan, store=store)
+        with Engine(self.checkpoint, self.layout, self.plan, store=store) as engine:
+            yield engine
 
     def evidence(self, text: list[list[int]], codecs: Sequence[Codec]) -> Evidence:
         """Counts, and what each width does to each expert's part of its layer's output, from one pass of the reference."""
@@ -121,32 +123,45 @@ class Trials:
                 mine = [record[number] for record in records]
                 sizes = [Record.of(layer.spec, codec).size(codec.planes) for codec in codecs]
                 bytes_LEW[number, : layer.num_experts] = sizes
+                seen = _Seen.of(mine)
                 for e in range(layer.num_experts):
                     expert, _slot = load_expert(store, reader, ExpertKey(number, e))
-                    counts_LE[number, e], harm_LEW[number, e] = _harm(expert, e, layer.spec, mine, codecs)
+                    counts_LE[number, e], harm_LEW[number, e] = seen.harm(expert, e, layer.spec, codecs)
         return Evidence(counts_LE, harm_LEW, bytes_LEW)
 
 
-def _harm(
-    expert: ExpertView, number: int, spec: ExpertSpec, records: Sequence[LayerRecord], codecs: Sequence[Codec]
-) -> tuple[int, np.ndarray]:
-    """(tokens routed to the expert, harm_W) from a sample of these tokens, evenly spaced."""
-    x_TD = np.concatenate([r.x_TD for r in records])  # type: ignore[misc]
-    experts_TK, weights_TK = (np.concatenate([getattr(r.routing, n) for r in records]) for n in ("experts_TK", "weights_TK"))
-    whole = sum(float(np.square(r.y_TD, dtype=np.float64).sum()) for r in records)  # type: ignore[arg-type]
-    token_N, slot_N = np.nonzero((experts_TK == number) & (weights_TK != 0))
-    count = len(token_N)
-    if not count or not whole:
-        return count, np.zeros(len(codecs))
-    some = slice(None, None, max(1, count // ROWS))
-    rows_N, weight_N = token_N[some], weights_TK[token_N, slot_N][some].astype(np.float32)
-    exact_ND = _outputs(expert, spec, x_TD, rows_N, weight_N)
-    coded = {codec[:2]: encode(expert, codec) for codec in codecs}
-    harm_W = []
-    for codec in codecs:
-        away_ND = _outputs(cut_planes(coded[codec[:2]], codec), spec, x_TD, rows_N, weight_N) - exact_ND
-        harm_W.append(float(np.square(away_ND, dtype=np.float64).sum()) * count / len(rows_N) / whole)
-    return count, np.array(harm_W)
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """One layer's inputs and routing on the whole text, and the sum of squares of its output."""
+
+    x_TD: np.ndarray
+    experts_TK: np.ndarray
+    weights_TK: np.ndarray
+    whole: float
+
+    @classmethod
+    def of(cls, records: Sequence[LayerRecord]) -> _Seen:
+        x_TD = np.concatenate([r.x_TD for r in records])  # type: ignore[misc]
+        routing = (np.concatenate([getattr(r.routing, name) for r in records]) for name in ("experts_TK", "weights_TK"))
+        return cls(x_TD, *routing, sum(float(np.square(r.y_TD, dtype=np.float64).sum()) for r in records))  # type: ignore[arg-type]
+
+    def harm(self, expert: ExpertView, number: int, spec: ExpertSpec, codecs: Sequence[Codec]) -> tuple[int, np.ndarray]:
+        """(tokens routed to the expert, harm_W) from a sample of these tokens, evenly spaced."""
+        token_N, slot_N = np.nonzero((self.experts_TK == number) & (self.weights_TK != 0))
+        count = len(token_N)
+        if not count or not self.whole:
+            return count, np.zeros(len(codecs))
+        some = slice(None, None, max(1, count // ROWS))
+        rows_N, weight_N = token_N[some], self.weights_TK[token_N, slot_N][some].astype(np.float32)
+        exact_ND = _outputs(expert, spec, self.x_TD, rows_N, weight_N)
+        coded: dict[tuple[str, int], ExpertView] = {}
+        harm_W = []
+        for codec in codecs:
+            kind = codec.format, codec.group
+            coded[kind] = coded.get(kind) or encode(expert, codec)
+            away_ND = _outputs(cut_planes(coded[kind], codec), spec, self.x_TD, rows_N, weight_N) - exact_ND
+            harm_W.append(float(np.square(away_ND, dtype=np.float64).sum()) * count / len(rows_N) / self.whole)
+        return count, np.array(harm_W)
 
 
 def _outputs(expert: ExpertView, spec: ExpertSpec, x_TD: np.ndarray, rows_N: np.ndarray, weight_N: np.ndarray) -> np.ndarray:

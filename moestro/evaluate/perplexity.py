@@ -19,16 +19,27 @@ _ROWS = 32  # tokens whose predictions are in float64 at once
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """tokens: that were predicted. nll: mean negative log-likelihood in nats. kl: mean divergence from the reference's predictions
-    in nats, None without a reference."""
+    """Of each predicted token, in nats: nll_N, the negative log-likelihood, and kl_N, the divergence from the reference's predictions
+    (None without a reference)."""
 
-    tokens: int
-    nll: float
-    kl: float | None = None
+    nll_N: np.ndarray
+    kl_N: np.ndarray | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.nll_N)
+
+    @property
+    def nll(self) -> float:
+        return float(self.nll_N.mean())
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.nll)
+
+    @property
+    def kl(self) -> float | None:
+        return None if self.kl_N is None else max(0.0, float(self.kl_N.mean()))
 
 
 def measure(runner: Runner, sequences: Sequence[list[int]], reference: Runner | None = None) -> Quality:
@@ -36,7 +47,8 @@ def measure(runner: Runner, sequences: Sequence[list[int]], reference: Runner | 
 
     Raises InputError when no token is left to predict, or when a prediction is not a number.
     """
-    tokens, nll, kl = 0, 0.0, 0.0
+    nll: list[np.ndarray] = []
+    kl: list[np.ndarray] = []
     outs = runner.run(list(sequences))
     others = reference.run(list(sequences)) if reference is not None else None
     for number, sequence in enumerate(sequences):
@@ -44,16 +56,20 @@ def measure(runner: Runner, sequences: Sequence[list[int]], reference: Runner | 
         there_TV = None if others is None else next(iter(others)).logits_TV
         for rows in _pieces(len(sequence) - 1):
             logp_TV = log_softmax(logits_TV[rows])
-            nll -= float(logp_TV[np.arange(len(logp_TV)), sequence[rows.start + 1 : rows.stop + 1]].sum())
+            nll.append(-logp_TV[np.arange(len(logp_TV)), sequence[rows.start + 1 : rows.stop + 1]])
             if there_TV is not None:
                 want_TV = log_softmax(there_TV[rows])
-                kl += float((np.exp(want_TV) * (want_TV - logp_TV)).sum())
-        tokens += max(0, len(sequence) - 1)
-        if not math.isfinite(nll) or not math.isfinite(kl):
-            raise InputError(f"the predictions of sequence {number} are not numbers", fix="check the model's weights")
-    if not tokens:
+                kl.append((np.exp(want_TV) * (want_TV - logp_TV)).sum(-1))
+            if not all(np.isfinite(found[-1]).all() for found in (nll, kl) if found):
+                raise InputError(f"the predictions of sequence {number} are not numbers", fix="check the model's weights")
+    if not nll:
         raise InputError("there is no token to predict", expected="sequences of at least two tokens", fix="give more text")
-    return Quality(tokens, nll / tokens, None if reference is None else max(0.0, kl / tokens))
+    return Quality(np.concatenate(nll), None if reference is None else np.concatenate(kl))
+
+
+def error_of(values_N: np.ndarray) -> float:
+    """The standard error of their mean, as if they were independent."""
+    return float(values_N.std() / math.sqrt(len(values_N)))
 
 
 def log_softmax(logits_TV: np.ndarray) -> np.ndarray:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moestro.core.errors import InputError
-from moestro.core.plans.residency import ResidencyPlan
+from moestro.core.errors import BudgetError, InputError
+from moestro.core.plans.residency import Measured, ResidencyPlan
 from moestro.engine.engine import Engine
 from moestro.engine.pack import apply, pack
 from moestro.engine.precision.d2moe import d2moe, removals
@@ -14,6 +14,7 @@ from moestro.engine.precision.edgemoe import edgemoe
 from moestro.engine.precision.search import Evidence, furthest
 from moestro.engine.quality import Bound, parts, plan_quality
 from moestro.engine.store import PackedStore
+from moestro.engine.trial import Trials
 from moestro.evaluate.perplexity import measure
 
 WIDE = {"hidden_size": 64, "intermediate_size": 64}
@@ -102,10 +103,13 @@ def test_the_packed_model_is_what_was_measured(method, tmp_path, tiny, opened):
     """Within the bound on the text it was chosen on; and packing and running it gives the very numbers of the plan."""
     folder, _ = tiny("mixtral", **WIDE)
     checkpoint, layout = opened(folder)
-    made, said = plan(opened, folder, "kl:0.004" if method == "edgemoe" else "kl:0.03", precision=method)
+    made, said = plan(opened, folder, "kl:0.004" if method == "edgemoe" else "kl:0.02", precision=method)
     found = made.precision
     assert found is not None and found.chosen is not None and found.held_out is not None
-    assert found.method == f"engine.precision.{method}" and found.chosen.kl <= Bound.parse(found.bound).limit
+    assert (
+        found.method == f"engine.precision.{method}"
+        and Bound.parse(found.bound).surely(found.chosen) <= Bound.parse(found.bound).limit
+    )
     assert len(found.widths) > 1, "experts differ"
     assert made.codec == ("mixed" if method == "edgemoe" else "nested:32")
     assert any("within" in line for line in said) and any("outside" in line for line in said)
@@ -159,6 +163,20 @@ def test_what_is_refused(changes, said, tiny, opened):
     with pytest.raises(InputError) as error:
         plan(opened, folder, **({"quality": "kl:1"} | changes))
     assert said in str(error.value)
+
+
+def test_a_budget_that_cannot_work_is_refused_before_anything_is_tried(tiny, opened, monkeypatch):
+    checkpoint, layout = opened(tiny("mixtral", **WIDE)[0])
+    monkeypatch.setattr(Trials, "__init__", lambda *_, **__: pytest.fail("tried"))
+    with pytest.raises(BudgetError):
+        plan_quality(checkpoint, layout, "1MiB", quality="kl:1", tokens=TOKENS, length=32, **GIVEN)
+
+
+def test_a_bound_is_kept_with_confidence():
+    sure, unsure = Measured(100, 10.05, 10.0, 0.01, 0.001, 0.001), Measured(100, 10.05, 10.0, 0.01, 0.01, 0.01)
+    for bound in (Bound("ppl", 0.01), Bound("kl", 0.015)):
+        assert bound.loss(sure) == bound.loss(unsure) < bound.limit
+        assert bound.loss(sure) < bound.surely(sure) < bound.limit < bound.surely(unsure)
 
 
 def test_bounds():

@@ -9,7 +9,7 @@ import pytest
 
 from moestro.core.errors import InputError
 from moestro.core.layer import RunnerOutput
-from moestro.evaluate.perplexity import cut, log_softmax, measure
+from moestro.evaluate.perplexity import cut, error_of, log_softmax, measure
 
 
 class Says:
@@ -51,6 +51,11 @@ def test_likelihood_and_divergence_are_the_sums_they_are_defined_by():
             n += 1
     assert found.nll == pytest.approx(nll / n) and found.kl == pytest.approx(kl / n) and found.tokens == n
     assert measure(Says(TABLE), TEXT, Says(TABLE)).kl == 0
+
+
+def test_the_error_of_a_mean_is_how_means_scatter():
+    draws = np.random.default_rng(3).gamma(2.0, size=(400, 250))
+    assert np.mean([error_of(row) for row in draws]) == pytest.approx(draws.mean(1).std(), rel=0.1)
 
 
 def test_what_cannot_be_measured():

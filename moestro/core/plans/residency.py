@@ -41,12 +41,17 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a model with fewer bits does to a text, against the model as stored: perplexities and KL divergence in nats per token."""
+    """What a model with fewer bits does to a text, against the model as stored: perplexities and KL divergence in nats per token.
+
+    error, kl_error: standard errors, of the logarithm of the perplexities' ratio and of the divergence.
+    """
 
     tokens: int
     perplexity: float
     reference: float
     kl: float
+    error: float
+    kl_error: float
 
     @property
     def loss(self) -> float:
@@ -88,7 +93,7 @@ class Precision:
             text += f"; bound {self.bound}"
         for name, found in (("chosen on", self.chosen), ("held out", self.held_out)):
             if found is not None:
-                text += f"; {name} {found.tokens} tokens: perplexity {found.perplexity:.3f}, stored {found.reference:.3f} ({100 * found.loss:+.2f} %), KL {found.kl:.4f}"
+                text += f"; {name} {found.tokens} tokens: perplexity {found.perplexity:.3f}, stored {found.reference:.3f} ({100 * found.loss:+.2f} %, standard error {100 * found.error:.2f} %), KL {found.kl:.4f}"
         return text
 
 
