@@ -31,7 +31,7 @@ EPILOG = """Examples:
   torchrun --nproc-per-node 2 -m moestro train mixed -o ./run
 
 --data is [DOMAIN=]WHERE: a text, JSON-lines or Parquet file, a folder, a pattern with *, installed[:DOMAIN] (what this
-Python carries), or hub:org/name[@revision][:PATTERN]. The run's folder gets model/ (weights, configuration, tokenizer),
+Python carries), samples:NAME (small labelled data of packages: digits, characters), or hub:org/name[@revision][:PATTERN]. The run's folder gets model/ (weights, configuration, tokenizer),
 log.jsonl (every step), train.json, checkpoints/ and tokens/. Ctrl-C ends after the current step with a checkpoint."""
 
 
@@ -115,9 +115,16 @@ def told(result: dict[str, Any]) -> str:
     """The account for people."""
     lines = [f"{result['steps']} steps, {result['tokens']:,} tokens at {result['tokens_per_second']:,.0f}/s: {result['model']}"]
     if found := result["evaluation"]:
-        lines.append(f"held out: loss {found['loss']:.4f} nats per token, {found['bits_per_byte']:.4f} bits per byte")
+        lines.append(f"held out: {_measures(found)}")
         lines.append("  " + "  ".join(f"{name} {loss:.3f}" for name, loss in found["domains"].items()))
     return "\n".join([*lines, *(f"{family}: {folder}" for family, folder in result["exported"].items())])
+
+
+def _measures(found: dict[str, Any]) -> str:
+    """What an evaluation found, in words."""
+    if "bits_per_byte" in found:
+        return f"loss {found['loss']:.4f} nats per token, {found['bits_per_byte']:.4f} bits per byte"
+    return ", ".join(f"{name} {value:.4f}" for name, value in found.items() if name != "domains")
 
 
 class Progress:
@@ -142,7 +149,7 @@ class Progress:
             return
         at = f"step {entry['step']:>{len(str(self.steps))}}/{self.steps}"
         if found := entry.get("evaluation"):
-            say(f"{at}  held out: loss {found['loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte")
+            say(f"{at}  held out: {_measures(found)}")
         elif entry["step"] % self.every == 0 or entry["step"] in (1, self.steps):
             parts = [at, f"loss {entry['loss']:.4f}", f"rate {entry['rate']:.2e}", f"{entry['tokens_per_second']:,.0f} tokens/s"]
             if "maxvio" in entry:

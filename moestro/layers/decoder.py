@@ -81,11 +81,9 @@ class Decoder(nn.Module):
         self._check(tokens_BT)
         position = torch.arange(t, device=tokens_BT.device).expand(b, t) if position_BT is None else position_BT
         row = torch.arange(b, device=tokens_BT.device)[:, None].expand(b, t)
-        sequence, mask = row, None
+        sequence, mask = row, self.visible(tokens_BT, segment_BT)
         if segment_BT is not None:
             sequence = row * (int(segment_BT.max()) + 1 if segment_BT.numel() else 1) + segment_BT
-            causal = torch.ones(t, t, dtype=torch.bool, device=tokens_BT.device).tril()
-            mask = (causal & (segment_BT[:, :, None] == segment_BT[:, None, :]))[:, None]
         x = self.embedding(tokens_BT)
         ids, rows, places = (part.reshape(-1) for part in (tokens_BT, sequence, position))
         ctx = RouteContext(0, self.training, step, ids, rows, places, rng, dict(given or {}))
@@ -98,6 +96,14 @@ class Decoder(nn.Module):
             for name, loss in out.losses.items():
                 losses[name] = losses[name] + loss if name in losses else loss
         return Output(self.head(self.norm(x)), losses, tuple(routings))
+
+    def visible(self, tokens_BT: Tensor, segment_BT: Tensor | None) -> Tensor | None:
+        """bool [B, 1, T, T]: which positions each one reads; None: all up to itself. What is not causal overrides it."""
+        if segment_BT is None:
+            return None
+        t = tokens_BT.shape[1]
+        causal = torch.ones(t, t, dtype=torch.bool, device=tokens_BT.device).tril()
+        return (causal & (segment_BT[:, :, None] == segment_BT[:, None, :]))[:, None]
 
     def controllers(self) -> Iterator[Controller]:
         """Every module with `after_step`, once each: to be called after each optimiser step."""

@@ -20,10 +20,10 @@ from torch.nn import functional
 from moestro.core.errors import CheckpointError, MoestroError
 from moestro.train import checkpoint
 from moestro.train.config import TrainConfig
-from moestro.train.data.stream import Stream, drawn
+from moestro.train.data.stream import Batch, Stream, drawn
 from moestro.train.log import Log
 from moestro.train.measure import Meter
-from moestro.train.objective import Objective, Phase, run
+from moestro.train.objective import Measured, Objective, Phase, run
 from moestro.train.parallel import Group
 from moestro.train.rate import factor
 
@@ -193,32 +193,45 @@ class Loop:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
-        """Held-out loss in nats per token and bits per byte, of each domain and of all their tokens; {} when nothing is held out."""
+        """Held-out loss in nats per token and bits per byte, of each domain and of all their tokens; {} when nothing is held out.
+
+        An objective with measures of its own gives those instead, without bits per byte.
+        """
         places = self.stream.held_out_places(self.config.evaluate_sequences)
         size = self.micro_batch
         batches = [rows[i : i + size] for rows in places for i in range(0, len(rows), size)]
         if not batches:
             return {}
         self.module.eval()
-        sums = torch.zeros(len(places), 2, dtype=torch.float64)
+        names = self.objective.measures if isinstance(self.objective, Measured) else ("loss",)
+        sums = torch.zeros(len(places), len(names) + 1, dtype=torch.float64)
         processes = self.group.size
         for j in range(self.group.rank, -(-len(batches) // processes) * processes, processes):
             # Every process makes as many passes: a layer may sum over them. What is beyond the end counts nothing.
             batch = self.stream.gather(batches[min(j, len(batches) - 1)])
             rng = torch.Generator().manual_seed(drawn(self.config.seed, 3, j))
             with self._autocast():
-                logits = run(self.module, batch, self.step, rng).logits_BTV
-            loss = functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets_BT.flatten(), reduction="sum")
+                found, number = self._held_out(batch, rng)
             if j < len(batches):
-                sums[int(batch.domain_B[0])] += torch.tensor([float(loss), batch.targets_BT.numel()], dtype=torch.float64)
+                sums[int(batch.domain_B[0])] += torch.cat((found.double(), torch.tensor([number], dtype=torch.float64)))
         sums = self.group.sum(sums)
         domains, bits, share = {}, 0.0, 0.0
-        for domain, (loss, count) in zip(self.stream.tokens.domains, sums.tolist(), strict=True):
+        for domain, (loss, *_, count) in zip(self.stream.tokens.domains, sums.tolist(), strict=True):
             if count:
                 domains[domain.name] = loss / count
                 bits += loss / math.log(2)
                 share += count * domain.bytes / domain.tokens
-        return {"loss": float(sums[:, 0].sum() / sums[:, 1].sum()), "bits_per_byte": bits / share, "domains": domains}
+        whole = dict(zip(names, (sums[:, :-1].sum(0) / sums[:, -1].sum()).tolist(), strict=True))
+        if not isinstance(self.objective, Measured):
+            whole["bits_per_byte"] = bits / share
+        return {**whole, "domains": domains}
+
+    def _held_out(self, batch: Batch, rng: torch.Generator) -> tuple[Tensor, int]:
+        if isinstance(self.objective, Measured):
+            return self.objective.held_out(self.module, batch, self.step, rng)
+        logits = run(self.module, batch, self.step, rng).logits_BTV
+        loss = functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets_BT.flatten(), reduction="sum")
+        return loss[None], batch.targets_BT.numel()
 
     def _machine(self) -> dict[str, Any]:
         """What must stay for the losses to stay equal in their last bits."""

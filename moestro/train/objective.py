@@ -37,6 +37,18 @@ class Objective(Protocol):
 
 
 @runtime_checkable
+class Measured(Protocol):
+    """An objective with measures of its own on held-out sequences, in place of the next token's loss.
+
+    measures: their names, 'loss' first. held_out: the sum of each over the batch, and how many they are sums of.
+    """
+
+    measures: tuple[str, ...]
+
+    def held_out(self, module: nn.Module, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, int]: ...
+
+
+@runtime_checkable
 class Phase(Protocol):
     """A method of kind 'training schedule': called before each optimiser step, in the order of the configuration.
 

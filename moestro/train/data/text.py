@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moestro.core.errors import InputError
-from moestro.train.data import installed
+from moestro.train.data import installed, samples
 
 _ROWS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 _HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+?))?(:(?P<pattern>.+))?", re.ASCII)
@@ -22,14 +22,17 @@ def read(spec: str, *, field: str = "text", domain_field: str = "") -> Iterator[
     """(domain, document) for every document of a source.
 
     Args:
-        spec: `[DOMAIN=]WHERE`, where WHERE is a file, a folder, a pattern with `*`, `installed[:DOMAIN]` or
-            `hub:org/name[@revision][:PATTERN]`. Without DOMAIN it is the file's or the folder's name; each folder inside a folder is
+        spec: `[DOMAIN=]WHERE`, where WHERE is a file, a folder, a pattern with `*`, `installed[:DOMAIN]`, `samples:NAME[.TASK]`
+            or `hub:org/name[@revision][:PATTERN]`. Without DOMAIN it is the file's or the folder's name; each folder inside a folder is
             a domain of its own.
         field: the text's name in JSON lines and Parquet. domain_field: the domain's name there, '' if the rows carry none.
 
     A text file is one document, so is a row. Raises InputError for what is missing, empty, not UTF-8 or has no such field.
     """
     domain, where = _split(spec)
+    if where.startswith("samples:"):
+        yield from samples.read(where.removeprefix("samples:"), domain)
+        return
     if where.partition(":")[0] == "installed":
         yield from _installed(where, domain)
         return
@@ -69,7 +72,7 @@ def _files(where: str) -> Iterator[tuple[str, Path]]:
     if not files:
         raise InputError(
             f"there is no text at {where}",
-            expected="a file, a folder with files, a pattern, installed[:DOMAIN] or hub:org/name",
+            expected="a file, a folder with files, a pattern, installed[:DOMAIN], samples:NAME or hub:org/name",
             fix="check the path",
         )
     for file in files:
