@@ -101,11 +101,20 @@ def beyond(report: dict[str, Any]) -> str:
         share = f"{100 * r['budget'] / report['checkpoint_bytes']:.0f} %, {r['locality']}"
         rows.append([share, r["contender"]])
         if "error" in r:
-            rows[-1] += ["failed", "", "", "", ""]
+            rows[-1] += ["failed", "", "", "", "", ""]
             continue
         rows[-1] += [cell(r, "decode_rate", ".2f"), cell(r, "read_per_token", ".0f", 1e-6), cell(r, "hit_rate", ".2f")]
-        rows[-1] += [cell(r, "bound_ratio", ".2f"), cell(r, "moestro_over_this", ".2f")]
-    head = ["limit, routing", "program", "tokens/s", "MB per token", "hit rate", "of the bound", "moestro is times faster"]
+        rows[-1] += [cell(r, "bound_ratio", ".2f"), cell(r, "reader_over_probe", ".2f"), cell(r, "moestro_over_this", ".2f")]
+    head = [
+        "limit, routing",
+        "program",
+        "tokens/s",
+        "MB per token",
+        "hit rate",
+        "of the bound",
+        "own reads over probes",
+        "moestro is times faster",
+    ]
     return rows_of(head, rows)
 
 

@@ -176,6 +176,9 @@ def test_bound_and_verdict_are_counted_by_hand():
     assert ours["reader_rate"] == pytest.approx(102 * size)
     faster = figures(_session(0.1, misses=100, read=100 * size, reading=0.5), disk_rate=125.0 * size)
     assert faster["bound_seconds"] == pytest.approx(0.5), "the engine's own reads were faster than the probes"
+    early = figures(_session(0.1, misses=100, read=100 * size, reading=4.0), disk_rate=50.0 * size)
+    assert early["reader_rate"] == pytest.approx(100 * size), "all was read in the second there was, not in four"
+    assert early["bound_ratio"] == pytest.approx(1.0) and early["reader_over_probe"] == pytest.approx(2.0)
     busy = figures(
         _session(0.1, misses=1, read=size), disk_rate=125.0 * size, memory_rate=sum(TINY.active_bytes(16).values()) / 0.09
     )
@@ -186,6 +189,9 @@ def test_bound_and_verdict_are_counted_by_hand():
     rows = bench.summarise([{"contender": "moestro", **where, **ours}, {"contender": "accelerate", **where, **theirs}])
     assert rows[1]["moestro_over_this"] == pytest.approx(2.0) and rows[1]["same_answer"]
     assert all(v is True for k, v in bench.verdict(rows, "bf16")[0].items() if k not in ("budget", "locality"))
+    for changes in ({"reader_over_probe": 1.5}, {"bound_ratio": 1.2}):
+        rows = bench.summarise([{"contender": "moestro", **where, **ours, **changes}])
+        assert bench.verdict(rows, "bf16")[0]["at_least_80%_of_bound"] is None, "the probes did not see the disk that the run had"
     late = {**ours, "bound_ratio": 0.75, "bytes_over_missed": 1.2, "kernel": {"peak": 1100, "peak_anonymous": 1}}
     rows = bench.summarise([{"contender": "moestro", **where, **late}, {"contender": "accelerate", **where, "error": "killed"}])
     checks = bench.verdict(rows, "bf16")[0]
