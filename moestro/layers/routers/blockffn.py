@@ -8,7 +8,7 @@ Rule       a = ReLU(x W^T); n = a rsqrt(mean_e a^2 + eps); S = where a > 0; g = 
 Needs      many small experts without a gate branch: activation silu, gated false, and the objective `adaptive` for the paper's weight of the
            chunk loss
 Gives      a router with both losses; tokens without any expert are legal
-Departs    nothing; see the losses. Experts run sparsely where the paper trains one wide feed-forward: the results are equal. Trait
+Departs    experts run sparsely where the paper trains one wide feed-forward: the results are equal. For the losses see theirs. Trait
            relabel: w has an entry for each expert, which renaming the logits alone does not rename
 Checked    scores of c x are those of x; support of the scores is that of ReLU; sparse equals dense; no expert is no output
 """

@@ -6,7 +6,7 @@ Rule       p = softmax(x W^T); S = the K largest p; a = x V^T, signed; g = p + a
            loss = lambda mean_e (c_e / T) P_e, which is 1 / E^2 of the usual form; lambda 0.01 for 500 steps, then 0.005
 Needs      nothing. In the paper the block is `halved`, and the experts are copies of a dense feed-forward
 Gives      a router with balance loss
-Departs    nothing. V starts like every map; the paper's standard deviation is 0.006. Trait relabel: V has a row for each
+Departs    V starts like every map; the paper's standard deviation is 0.006. Trait relabel: V has a row for each
            expert, which renaming the logits alone does not rename
 Checked    V = 0: plain raw top-k; V never changes the choice; equal experts and one slot: p + a times the expert
 """

@@ -6,7 +6,7 @@ Rule       z = x W^T + b, W and b random and never trained; S = the k largest; g
            k(step) = clip(round(least + (most - least) step / steps)), least to most; evaluation takes `inference`
 Needs      nothing; top_k of the configuration is not read
 Gives      a router without parameters or losses; W and b are saved buffers
-Departs    nothing. Trait gradient: the router is frozen by design
+Departs    from nothing. Trait gradient: the router is frozen by design
 Checked    the router is the same bits after training; all experts: the dense softmax mixture; k never falls and meets its ends
 """
 
