@@ -37,7 +37,10 @@ log.jsonl (every step), train.json, checkpoints/ and tokens/. Ctrl-C ends after 
 
 def train(
     config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="A JSON file, or a recipe: tiny, mixed.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="[CONFIG]", help="A JSON file, or a recipe: tiny, mixed, digits, openmoe, unipool.", show_default=False
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,
