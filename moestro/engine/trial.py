@@ -152,7 +152,8 @@ class _Seen:
         if not count or not self.whole:
             return count, np.zeros(len(codecs))
         some = slice(None, None, max(1, count // ROWS))
-        rows_N, weight_N = token_N[some], self.weights_TK[token_N, slot_N][some].astype(np.float32)
+        rows_N = np.ascontiguousarray(token_N[some])
+        weight_N = np.ascontiguousarray(self.weights_TK[token_N, slot_N][some], np.float32)
         exact_ND = _outputs(expert, spec, self.x_TD, rows_N, weight_N)
         coded: dict[tuple[str, int], ExpertView] = {}
         harm_W = []

@@ -7,6 +7,7 @@ import pytest
 
 from moestro.core.errors import BudgetError, InputError
 from moestro.core.plans.residency import Measured, ResidencyPlan
+from moestro.engine import trial
 from moestro.engine.engine import Engine
 from moestro.engine.pack import apply, pack
 from moestro.engine.precision.d2moe import d2moe, removals
@@ -16,6 +17,7 @@ from moestro.engine.quality import Bound, parts, plan_quality
 from moestro.engine.store import PackedStore
 from moestro.engine.trial import Trials
 from moestro.evaluate.perplexity import measure
+from moestro.models.codecs.encode import parse_codec
 
 WIDE = {"hidden_size": 64, "intermediate_size": 64}
 TOKENS = [int(t) for t in np.random.default_rng(5).integers(3, 128, 512)]
@@ -124,6 +126,21 @@ def test_the_packed_model_is_what_was_measured(method, tmp_path, tiny, opened):
             assert again.kl == pytest.approx(expected.kl, rel=1e-3)
         assert found.summary() in "; ".join(engine.changes) and engine.packed == ("" if method == "d2moe" else str(store.folder))
     assert made.memory.experts < layout.facts.expert_bytes
+
+
+def test_what_is_known_of_experts_hardly_depends_on_how_many_tokens_are_looked_at(tiny, opened, monkeypatch):
+    checkpoint, layout = opened(tiny("mixtral", **WIDE)[0])
+    codecs = [parse_codec(name) for name in ("nested:32/2", "nested:32", "int8:32")]
+    text = parts(TOKENS, 32)[0]
+    with Trials(checkpoint, layout, 32, {"trunk": "native"}) as trials:
+        whole = trials.evidence(text, codecs)
+        monkeypatch.setattr(trial, "ROWS", 20)
+        some = trials.evidence(text, codecs)
+        experts_TK = np.concatenate([out.records[1].routing.experts_TK for out in trials.reference.run(text)])
+    assert whole.counts_LE[1].tolist() == some.counts_LE[1].tolist() == np.bincount(experts_TK.reshape(-1), minlength=4).tolist()
+    assert whole.counts_LE.max() > 40 and not np.array_equal(whole.harm_LEW, some.harm_LEW)
+    np.testing.assert_allclose(some.harm_LEW, whole.harm_LEW, rtol=0.8)
+    assert (np.diff(whole.harm_LEW, axis=2) < 0).all() and (np.diff(whole.bytes_LEW, axis=2) >= 0).all()  # in whole pages
 
 
 def test_a_looser_bound_takes_fewer_bytes(tiny, opened):
