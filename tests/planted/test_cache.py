@@ -83,7 +83,7 @@ def test_the_planned_policy_is_near_the_best_and_live_counts_are_its_replay(plan
 
 
 def test_a_domains_experts_in_memory_hit_as_often_as_the_domain_stays(planted: Planted) -> None:
-    plan = replace(planned(planted, 6), scope="layer", slots=(2, 2, 2), eviction="engine.evict.lru")
+    plan = replace(planned(planted, 6), scope="layer", slots=(2, 2, 2), eviction="engine.evict.lru", prefetch=0)
     counts = fed(planted, plan).cache.table.counts(prefill=False)
     groups = planted.truth.group_V[np.array(planted.sequences[0])]
     stayed = float((groups[PROMPT:] == groups[PROMPT - 1 : -1]).mean())
