@@ -16,7 +16,7 @@ using Floats = D::Floats;  // LANES rows
 
 constexpr int PARTS = TILE / D::LANES;  // registers per tile
 constexpr int WORDS = STEP / 4;         // registers of codes per step and part
-constexpr int AHEAD = 1536;             // bytes that are asked for before their turn; hardware prefetch stops at each page
+constexpr int AHEAD = 2560;             // bytes that are asked for before their turn (measured); hardware prefetch stops at each page
 
 // Register `j` of part `part`: inputs 4 j to 4 j + 3, as codes without sign; int8 alone is signed.
 template <Format F>
@@ -72,11 +72,6 @@ struct Unit {
     }
 };
 
-template <Format F>
-inline void prefetch(const uint8_t* p) {
-    for (int i = 0; i < step_bytes(F); i += 64) D::prefetch(p + AHEAD + i);
-}
-
 // One step of one plane for one row; its sums stay in registers.
 template <Format F>
 inline void add_single(const uint8_t* p, const Unit<F>& unit, const Bytes* a, Floats by, Ints sum, Floats* sums) {
@@ -89,80 +84,118 @@ inline void add_single(const uint8_t* p, const Unit<F>& unit, const Bytes* a, Fl
     }
 }
 
-// One step of one plane for all rows of a bundle; block is x's first row there, sums are in memory.
+// One step of one plane for all rows of a bundle; its sums are in memory.
 template <Format F>
 inline void add_many(const uint8_t* p, const Unit<F>& unit, const Bundle& x, int64_t block, float* sums) {
-    const int8_t* codes = x.codes + block * x.rows * STEP;
-    const float* scales = x.scales + block * x.rows;
-    const int32_t* totals = x.sums + block * x.rows;
+    const int rows = x.rows;
+    const int8_t* codes = x.codes + block * rows * STEP;
+    const float* scales = x.scales + block * rows;
+    const int32_t* totals = x.sums + block * rows;
+#pragma GCC unroll 4
     for (int part = 0; part < PARTS; ++part) {
         Bytes w[WORDS];
 #pragma GCC unroll 8
         for (int j = 0; j < WORDS; ++j) w[j] = word<F>(p, part, j);
-        const Floats scale = unit.scale[part];
-        for (int r = 0; r < x.rows; ++r) {
+        for (int r = 0; r < rows; ++r) {
             Bytes a[WORDS];
 #pragma GCC unroll 8
             for (int j = 0; j < WORDS; ++j) a[j] = D::broadcast(codes + r * STEP + 4 * j);
             float* to = sums + r * TILE + part * D::LANES;
             const Floats found = D::to_float(unit.whole(dot<F>(w, a), D::set(totals[r]), part));
-            D::store(to, D::fma(found, D::mul(scale, D::set(scales[r])), D::load_floats(to)));
+            D::store(to, D::fma(found, D::mul(unit.scale[part], D::set(scales[r])), D::load_floats(to)));
         }
     }
 }
 
-// EXTRA: planes beyond the base of nested weights.
+// A tile's planes as they are read: the base, and EXTRA planes of nested weights.
 template <Format F, int EXTRA>
-void product_of(const MatrixRef& w, int64_t tile, const Bundle& x, float* out) {
-    constexpr Format SIGN = Format::tiles_sign;
-    const uint8_t* p = w.data + tile * tile_bytes(F, w.cols, w.group);
-    const int64_t sign_bytes = EXTRA ? tile_bytes(SIGN, w.cols, w.group) : 0;
-    const uint8_t* q[2] = {EXTRA > 0 ? w.third + tile * sign_bytes : nullptr, EXTRA > 1 ? w.fourth + tile * sign_bytes : nullptr};
-    const int64_t blocks = w.cols / STEP;
-    const int steps = w.group / STEP;
-    Floats sums[PARTS];
-    for (auto& sum : sums) sum = D::set(0.0f);
-    const bool single = x.rows == 1;
-    if (!single)
-        for (int i = 0; i < x.rows * TILE; ++i) out[i] = 0.0f;
-    for (int64_t b = 0; b < blocks;) {
-        const Unit<F> unit(p);
-        const Unit<SIGN> third(EXTRA > 0 ? q[0] : p), fourth(EXTRA > 1 ? q[1] : p);
+struct Streams {
+    static constexpr Format SIGN = Format::tiles_sign;
+    const uint8_t *p, *q[2] = {};
+    Streams(const MatrixRef& w, int64_t tile) : p(w.data + tile * tile_bytes(F, w.cols, w.group)) {
+        if (EXTRA > 0) q[0] = w.third + tile * tile_bytes(SIGN, w.cols, w.group);
+        if (EXTRA > 1) q[1] = w.fourth + tile * tile_bytes(SIGN, w.cols, w.group);
+    }
+    void head() {
         D::prefetch(p + AHEAD);
         p += head_bytes(F);
         for (int e = 0; e < EXTRA; ++e) q[e] += head_bytes(SIGN);
-        for (int i = 0; i < steps; ++i, ++b) {
-            prefetch<F>(p);
-            for (int e = 0; e < EXTRA; ++e) prefetch<SIGN>(q[e]);
-            if (single) {
-                Bytes a[WORDS];
+    }
+    void prefetch() const {
+        for (int i = 0; i < step_bytes(F); i += 64) D::prefetch(p + AHEAD + i);
+        for (int e = 0; e < EXTRA; ++e) D::prefetch(q[e] + AHEAD);
+    }
+    void step() {
+        p += step_bytes(F);
+        for (int e = 0; e < EXTRA; ++e) q[e] += step_bytes(SIGN);
+    }
+};
+
+template <Format F, int EXTRA>
+void single(const MatrixRef& w, int64_t tile, const Bundle& x, float* out) {
+    using S = Streams<F, EXTRA>;
+    S s(w, tile);
+    const int8_t* codes = x.codes;
+    const float *scales = x.scales, *end = x.scales + w.cols / STEP;
+    const int32_t* totals = x.sums;
+    const int steps = w.group / STEP;
+    Floats sums[PARTS];
+    for (auto& sum : sums) sum = D::set(0.0f);
+    while (scales != end) {
+        const Unit<F> unit(s.p);
+        const Unit<S::SIGN> third(EXTRA > 0 ? s.q[0] : s.p), fourth(EXTRA > 1 ? s.q[1] : s.p);
+        s.head();
+        for (int i = 0; i < steps; ++i) {
+            s.prefetch();
+            Bytes a[WORDS];
 #pragma GCC unroll 8
-                for (int j = 0; j < WORDS; ++j) a[j] = D::broadcast(x.codes + b * STEP + 4 * j);
-                const Floats by = D::set(x.scales[b]);
-                const Ints sum = D::set(x.sums[b]);
-                add_single<F>(p, unit, a, by, sum, sums);
-                if constexpr (EXTRA > 0) add_single<SIGN>(q[0], third, a, by, sum, sums);
-                if constexpr (EXTRA > 1) add_single<SIGN>(q[1], fourth, a, by, sum, sums);
-            } else {
-                add_many<F>(p, unit, x, b, out);
-                if constexpr (EXTRA > 0) add_many<SIGN>(q[0], third, x, b, out);
-                if constexpr (EXTRA > 1) add_many<SIGN>(q[1], fourth, x, b, out);
-            }
-            p += step_bytes(F);
-            for (int e = 0; e < EXTRA; ++e) q[e] += step_bytes(SIGN);
+            for (int j = 0; j < WORDS; ++j) a[j] = D::broadcast(codes + 4 * j);
+            const Floats by = D::set(*scales++);
+            const Ints total = D::set(*totals++);
+            codes += STEP;
+            add_single<F>(s.p, unit, a, by, total, sums);
+            if constexpr (EXTRA > 0) add_single<S::SIGN>(s.q[0], third, a, by, total, sums);
+            if constexpr (EXTRA > 1) add_single<S::SIGN>(s.q[1], fourth, a, by, total, sums);
+            s.step();
         }
     }
-    if (single)
-        for (int part = 0; part < PARTS; ++part) D::store(out + part * D::LANES, sums[part]);
+    for (int part = 0; part < PARTS; ++part) D::store(out + part * D::LANES, sums[part]);
+}
+
+template <Format F, int EXTRA>
+void many(const MatrixRef& w, int64_t tile, const Bundle& x, float* out) {
+    using S = Streams<F, EXTRA>;
+    S s(w, tile);
+    const int64_t blocks = w.cols / STEP;
+    const int steps = w.group / STEP;
+    for (int i = 0; i < x.rows * TILE; ++i) out[i] = 0.0f;
+    for (int64_t b = 0; b < blocks;) {
+        const Unit<F> unit(s.p);
+        const Unit<S::SIGN> third(EXTRA > 0 ? s.q[0] : s.p), fourth(EXTRA > 1 ? s.q[1] : s.p);
+        s.head();
+        for (int i = 0; i < steps; ++i, ++b) {
+            s.prefetch();
+            add_many<F>(s.p, unit, x, b, out);
+            if constexpr (EXTRA > 0) add_many<S::SIGN>(s.q[0], third, x, b, out);
+            if constexpr (EXTRA > 1) add_many<S::SIGN>(s.q[1], fourth, x, b, out);
+            s.step();
+        }
+    }
+}
+
+template <Format F, int EXTRA = 0>
+void product_of(const MatrixRef& w, int64_t tile, const Bundle& x, float* out) {
+    if (x.rows == 1) return single<F, EXTRA>(w, tile, x, out);
+    many<F, EXTRA>(w, tile, x, out);
 }
 
 void product(const MatrixRef& w, int64_t tile, const Bundle& x, float* out) {
     switch (w.format) {
-        case Format::tiles_int8: return product_of<Format::tiles_int8, 0>(w, tile, x, out);
-        case Format::tiles_int4: return product_of<Format::tiles_int4, 0>(w, tile, x, out);
-        case Format::tiles_int3: return product_of<Format::tiles_int3, 0>(w, tile, x, out);
-        case Format::tiles_int2: return product_of<Format::tiles_int2, 0>(w, tile, x, out);
-        case Format::tiles_mxfp4: return product_of<Format::tiles_mxfp4, 0>(w, tile, x, out);
+        case Format::tiles_int8: return product_of<Format::tiles_int8>(w, tile, x, out);
+        case Format::tiles_int4: return product_of<Format::tiles_int4>(w, tile, x, out);
+        case Format::tiles_int3: return product_of<Format::tiles_int3>(w, tile, x, out);
+        case Format::tiles_int2: return product_of<Format::tiles_int2>(w, tile, x, out);
+        case Format::tiles_mxfp4: return product_of<Format::tiles_mxfp4>(w, tile, x, out);
         case Format::tiles_nested:
             if (w.fourth) return product_of<Format::tiles_nested, 2>(w, tile, x, out);
             if (w.third) return product_of<Format::tiles_nested, 1>(w, tile, x, out);
