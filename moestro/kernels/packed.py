@@ -23,6 +23,7 @@ import numpy as np
 from moestro.kernels import native
 from moestro.kernels.ffn import MXFP4_VALUES, Matrix
 from moestro.kernels.quantise import encode_int4, encode_int8, encode_mxfp4
+from moestro.kernels.reader import HUGE, aligned
 
 FORMATS = ("int8", "int4", "int3", "int2", "mxfp4", "nested")
 GROUPS = (32, 64, 128)
@@ -277,10 +278,12 @@ def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def _empty(rows: int, cols: int, format: str, group: int) -> Packed:
-    return Packed(tuple(_aligned(n) for n in part_sizes(rows, cols, format, group)), format, group, rows, cols)
+    return Packed(tuple(_room(n) for n in part_sizes(rows, cols, format, group)), format, group, rows, cols)
 
 
-def _aligned(nbytes: int) -> np.ndarray:
+def _room(nbytes: int) -> np.ndarray:
+    if nbytes >= HUGE:
+        return aligned(nbytes)
     raw = np.empty(nbytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + nbytes]
