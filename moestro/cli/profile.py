@@ -131,6 +131,7 @@ def profile(
         with progress("profiling", "tokens", quiet or as_json) as report:
             recording.run(running, save=partial, progress=report)
         made = recording.profile()
+        made.info["model_name"] = name
         if ppl is not None:
             from moestro.profile.skipping import ppl_sparsity
 

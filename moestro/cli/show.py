@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moestro.cli.arguments import Json
+from moestro.cli.arguments import Json, Quiet
+from moestro.cli.errors import bad_argument
 from moestro.cli.output import emit, shaded, table
 
 if TYPE_CHECKING:
@@ -20,7 +21,11 @@ EPILOG = """Examples:
   moestro show talk.trace
   moestro show talk.trace --json
   moestro show book.profile
-  moestro show book.profile --measure balance --measure srp:window=16"""
+  moestro show book.profile --measure balance --measure srp:window=16
+  moestro show book.profile --html atlas.html                      one page to explore in a browser
+  moestro show book.profile --figure map:statistic=load -o load.svg
+
+Figures: map (statistic, label), labels (layer, most), flow (layer), together (layer), similarity (layer), affinity, cache."""
 
 
 def show(
@@ -29,9 +34,31 @@ def show(
         list[str] | None,
         typer.Option(metavar="NAME[:OPTION=VALUE,...]", help="What this measure says of a profile.", show_default=False),
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw all of a profile in one HTML page.", show_default=False)
+    ] = None,
+    figure: Annotated[
+        str | None,
+        typer.Option(metavar="NAME[:OPTION=VALUE,...]", help="Draw this figure of a profile into --output.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="A .png, .svg or .pdf, with --figure.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Whose tokenizer writes the page's tokens; by default the profiled one's, if it is at hand.",
+            show_default=False,
+        ),
+    ] = None,
+    cache_tokens: Annotated[int, typer.Option(min=0, help="Tokens replayed for cache curves; 0 for none.")] = 1024,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Show what is in a plan, a trace or a profile."""
+    """Show what is in a plan, a trace or a profile, or draw a profile."""
+    from moestro.cli.atlas import draw_figure, write_atlas
     from moestro.cli.profile import show_profile
     from moestro.core.errors import InputError
     from moestro.core.plan import read_plan
@@ -45,12 +72,24 @@ def show(
             is_plan = f.read(64).lstrip()[:1] == b"{"
     except FileNotFoundError as error:
         raise InputError(f"there is no file {file}", expected="a plan, a trace or a profile") from error
+    wanted = [name for name, value in (("--measure", measure), ("--html", html), ("--figure", figure)) if value]
+    if len(wanted) > 1:
+        bad_argument(f"{' and '.join(wanted)} are given", "one of them")
+    if (figure is None) != (output is None):
+        bad_argument("--figure and --output go together", "--figure map -o map.svg")
+    if model is not None and html is None:
+        bad_argument("--model is for the page", "--html FILE beside it")
     if not is_plan and is_profile(file):
-        show_profile(file, measure, as_json)
+        if html is not None:
+            write_atlas(file, html, model, cache_tokens, quiet, as_json)
+        elif figure is not None and output is not None:
+            draw_figure(file, figure, output, cache_tokens, quiet, as_json)
+        else:
+            show_profile(file, measure, as_json)
         return
-    if measure:
+    if wanted:
         raise InputError(
-            f"{file} is no profile", expected="a profile with --measure", fix="moestro profile MODEL DATA -o PROFILE"
+            f"{file} is no profile", expected=f"a profile with {wanted[0]}", fix="moestro profile MODEL DATA -o PROFILE"
         )
     if is_plan:
         plan = read_plan(file)
