@@ -39,7 +39,9 @@ def train(
     config: Annotated[
         str | None,
         typer.Argument(
-            metavar="[CONFIG]", help="A JSON file, or a recipe: tiny, mixed, digits, home, openmoe, unipool.", show_default=False
+            metavar="[CONFIG]",
+            help="A JSON file, or a recipe: tiny, mixed, digits, home, hyperformer, openmoe, unipool.",
+            show_default=False,
         ),
     ] = None,
     data: Annotated[
