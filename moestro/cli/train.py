@@ -40,7 +40,7 @@ def train(
         str | None,
         typer.Argument(
             metavar="[CONFIG]",
-            help="A JSON file, or a recipe: tiny, mixed, digits, home, hyperformer, openmoe, unipool.",
+            help="A JSON file, or a recipe: tiny, mixed, digits, dit, hecto, home, moiie, openmoe, promoe, tasks, unipool.",
             show_default=False,
         ),
     ] = None,
