@@ -26,31 +26,31 @@ def text(tmp_path_factory):
 
 def test_a_quantised_trunk_from_plan_to_run(moestro, wide, tmp_path):
     plan = tmp_path / "plan.json"
-    made = moestro("plan", "residency", wide, "-m", "1GiB", "--codec", "int4:32", "--trunk-codec", "int8:32", "-o", plan)
+    made = moestro("plan", "residency", wide, "-m", "4GiB", "--codec", "int4:32", "--trunk-codec", "int8:32", "-o", plan)
     assert made.code == 0 and "native trunk as int8:32" in made.out
     done = moestro("apply", plan, "-o", tmp_path / "store")
     assert done.code == 0 and "packed as int4:32 and the trunk as int8:32" in done.out
-    for arguments in (("--plan", plan), ("-m", "1GiB")):
+    for arguments in (("--plan", plan), ("-m", "4GiB")):
         ran = moestro("run", wide, "hello", "--store", tmp_path / "store", "-n", "3", "--ignore-eos", *arguments)
         assert ran.code == 0
         assert (
             "SHRUNK: experts are kept as int4:32; activations are rounded" in ran.err and "EXACT to the packed model" in ran.err
         )
-    loaded = moestro("run", wide, "hello", "-m", "1GiB", "--trunk-codec", "int8:32", "-n", "3", "--ignore-eos")
+    loaded = moestro("run", wide, "hello", "-m", "4GiB", "--trunk-codec", "int8:32", "-n", "3", "--ignore-eos")
     assert "SHRUNK: the trunk's matrices are kept as int8:32" in loaded.err and "packed model" not in loaded.err
 
 
 def test_a_bound_from_plan_to_run(moestro, wide, text, tmp_path):
     plan = tmp_path / "plan.json"
     asked = ("--quality", "kl:0.05", "--data", text, "--precision", "d2moe")
-    made = moestro("plan", "residency", wide, "-m", "1GiB", *asked, "-o", plan)
+    made = moestro("plan", "residency", wide, "-m", "4GiB", *asked, "-o", plan)
     assert made.code == 0, made.err
     assert "bound kl:0.05" in made.out and "held out" in made.out and "within kl:0.05" in made.err
     assert moestro("apply", plan, "-o", tmp_path / "store").code == 0
     ran = moestro("run", wide, "hello", "--plan", plan, "--store", tmp_path / "store", "-n", "3", "--ignore-eos")
     assert ran.code == 0 and "bound kl:0.05" in ran.err and "held out" in ran.err
     fewer = moestro(
-        "run", wide, "hello", "-m", "1GiB", "--store", tmp_path / "store", "--quality", "2", "-n", "3", "--ignore-eos"
+        "run", wide, "hello", "-m", "4GiB", "--store", tmp_path / "store", "--quality", "2", "-n", "3", "--ignore-eos"
     )
     assert fewer.code == 0 and "of their bits are used 2 by 12 experts" in fewer.err
     assert moestro("show", plan).out.count("held out") == 1
@@ -71,7 +71,7 @@ def test_a_bound_from_plan_to_run(moestro, wide, text, tmp_path):
     ],
 )
 def test_refused_with_what_to_do(moestro, wide, text, arguments, said):
-    done = moestro("plan", "residency", wide, "-m", "1GiB", *(a.format(text=text) for a in arguments))
+    done = moestro("plan", "residency", wide, "-m", "4GiB", *(a.format(text=text) for a in arguments))
     assert done.code == 2 and said in done.err
     assert done.out == ""
 
@@ -79,7 +79,7 @@ def test_refused_with_what_to_do(moestro, wide, text, arguments, said):
 def test_quality_of_a_run_needs_a_nested_store(moestro, wide, tmp_path):
     assert moestro("run", wide, "hello", "--quality", "3").code == 2
     plan = tmp_path / "plan.json"
-    moestro("plan", "residency", wide, "-m", "1GiB", "--codec", "int4:32", "-o", plan)
+    moestro("plan", "residency", wide, "-m", "4GiB", "--codec", "int4:32", "-o", plan)
     moestro("apply", plan, "-o", tmp_path / "store")
-    done = moestro("run", wide, "hello", "-m", "1GiB", "--store", tmp_path / "store", "--quality", "3")
+    done = moestro("run", wide, "hello", "-m", "4GiB", "--store", tmp_path / "store", "--quality", "3")
     assert done.code == 2 and "no planes to leave out" in done.err

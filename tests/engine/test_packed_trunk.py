@@ -83,7 +83,7 @@ def test_a_packed_trunk_gives_the_same_bits_as_quantising_at_load(family, tmp_pa
         np.testing.assert_array_equal(np.array(steps), a[19:])
         engine.close()
     planned = plan_residency(
-        checkpoint, layout, "1GiB", codec="int8:32", trunk_codec="int4:32", runtime_bytes=1, disk_rate=1e9, memory_rate=1e9
+        checkpoint, layout, "4GiB", codec="int8:32", trunk_codec="int4:32", runtime_bytes=1, disk_rate=1e9, memory_rate=1e9
     )
     for engine in engines:  # vectors are float32 in memory
         assert planned.memory.trunk <= engine.trunk.nbytes <= planned.memory.trunk * 1.15 + 8192
@@ -98,18 +98,18 @@ def test_a_folder_opens_as_it_was_packed(tmp_path, tiny, opened, make_plan):
     assert pack(checkpoint, layout, "int4:32", out, trunk_codec="int8:32") == out
     with pytest.raises(StorageError, match="the trunk in int8:32"):
         pack(checkpoint, layout, "int4:32", out)
-    with Engine.open(folder, memory=1 << 30, store=out, threads=1) as engine:
+    with Engine.open(folder, memory=4 << 30, store=out, threads=1) as engine:
         assert (engine.plan.codec, engine.plan.trunk_codec) == ("int4:32", "int8:32")
         generation = engine.generate(TOKENS, SamplingParams(max_tokens=3, ignore_eos=True), text=False)
         generation.run()
         assert generation.statistics is not None and not generation.statistics.exact
         assert generation.statistics.summary().endswith(f"EXACT to the packed model: every number is that of {out}")
-    with Engine.open(folder, memory=1 << 30, store=out, threads=1, trunk_codec="stored") as engine:
+    with Engine.open(folder, memory=4 << 30, store=out, threads=1, trunk_codec="stored") as engine:
         assert engine.changes == ("experts are kept as int4:32", ROUNDED) and engine.packed == ""
     with pytest.raises(PlanError, match="native"):
         make_plan(layout, trunk="transformers", trunk_codec="int8:32").check(layout.facts)
     with pytest.raises(InputError, match="native trunk"):
-        plan_residency(checkpoint, layout, "1GiB", trunk="transformers", trunk_codec="int8:32")
+        plan_residency(checkpoint, layout, "4GiB", trunk="transformers", trunk_codec="int8:32")
 
 
 def test_a_tied_embedding_is_written_once(tmp_path, opened):
@@ -188,7 +188,7 @@ def test_damage_is_found(tmp_path, tiny, opened, make_plan):
 def test_rows_that_do_not_divide_are_refused_before_anything_is_read(tmp_path, tiny, opened):
     checkpoint, layout = opened(tiny("mixtral", hidden_size=48)[0])
     with pytest.raises(InputError, match="has rows of 48"):
-        plan_residency(checkpoint, layout, "1GiB", trunk_codec="int4:32")
+        plan_residency(checkpoint, layout, "4GiB", trunk_codec="int4:32")
     with pytest.raises(InputError, match="has rows of 48"):
         pack(checkpoint, layout, "stored", tmp_path / "p", trunk_codec="int4:32")
     assert not list(tmp_path.iterdir())

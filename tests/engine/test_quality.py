@@ -97,7 +97,7 @@ def plan(opened, folder, quality, **more) -> tuple[ResidencyPlan, list[str]]:
     checkpoint, layout = opened(folder)
     said: list[str] = []
     options = {"tokens": TOKENS, "length": 32, "report": said.append, "trunk": "native"} | GIVEN | more
-    return plan_quality(checkpoint, layout, "1GiB", quality=quality, **options), said
+    return plan_quality(checkpoint, layout, "4GiB", quality=quality, **options), said
 
 
 @pytest.mark.parametrize("method", ["edgemoe", "d2moe"])
@@ -118,7 +118,7 @@ def test_the_packed_model_is_what_was_measured(method, tmp_path, tiny, opened):
     assert ResidencyPlan.from_json(made.to_json()) == made
     assert f"held out {found.held_out.tokens} tokens" in made.summary()
     store = PackedStore(apply(made, checkpoint, layout, tmp_path / "p"), layout.facts)
-    with Engine(checkpoint, layout, made, store=store, threads=1) as engine, Engine.open(folder, memory=1 << 30) as exact:
+    with Engine(checkpoint, layout, made, store=store, threads=1) as engine, Engine.open(folder, memory=4 << 30) as exact:
         chosen_on, held_out = parts(TOKENS, 32)
         for text, expected in ((chosen_on, found.chosen), (held_out, found.held_out)):
             again = measure(engine, text, exact)
@@ -208,7 +208,7 @@ def test_fewer_planes_on_request(tmp_path, tiny, opened, make_plan):
     out = pack(checkpoint, layout, "nested:32", tmp_path / "p")
     wanted = {}
     for planes in (2, 3, 4):
-        with Engine.open(folder, memory=1 << 30, store=out, threads=1, planes=planes) as engine:
+        with Engine.open(folder, memory=4 << 30, store=out, threads=1, planes=planes) as engine:
             assert engine.store.slot_bytes == engine.plan.memory.experts // sum(engine.plan.slots)
             assert (engine.packed == "") == (planes < 4)
             wanted[planes] = next(engine.run([TOKENS[:40]])).logits_TV
@@ -225,8 +225,8 @@ def test_fewer_planes_on_request(tmp_path, tiny, opened, make_plan):
         assert read[0] < read[2] < read[1] == read[3]
         with pytest.raises(InputError, match="quality is 5"):
             engine.limit(5)
-    with Engine.open(folder, memory=1 << 30, threads=1) as engine, pytest.raises(InputError, match="not packed"):
+    with Engine.open(folder, memory=4 << 30, threads=1) as engine, pytest.raises(InputError, match="not packed"):
         engine.limit(3)
     plain = pack(checkpoint, layout, "int4:32", tmp_path / "q")
     with pytest.raises(InputError, match="no planes to leave out"):
-        Engine.open(folder, memory=1 << 30, store=plain, threads=1, planes=3)
+        Engine.open(folder, memory=4 << 30, store=plain, threads=1, planes=3)
