@@ -169,7 +169,8 @@ def probe(path: str | Path, size: int, seconds: float = 0.3, readers: int = READ
         if not total:
             raise ValueError(f"{path} is empty, so no reads can be timed")
         size = min(math.ceil(size / BLOCK), math.ceil(total / BLOCK)) * BLOCK
-        buffers = [aligned(size) for _ in range(readers)]
+        pool = aligned(max(size * readers, HUGE))  # as in a pool of slots: from small pages a device reads in smaller pieces
+        buffers = [pool[i * size : (i + 1) * size] for i in range(readers)]
         for buffer in buffers:
             buffer[::BLOCK] = 0  # page faults are not the disk's time
         places = random.Random(0)
