@@ -110,10 +110,11 @@ def _difference(at: str, a: Any, b: Any) -> list[tuple[str, Any, Any]]:
 
 def read_plan(path: str | Path) -> Plan:
     """The plan in a JSON file, as its own class. Raises PlanError."""
+    from moestro.core.plans.compression import CompressionPlan
     from moestro.core.plans.construction import ConstructionPlan
     from moestro.core.plans.residency import ResidencyPlan
 
-    kinds: dict[str, type[Plan]] = {cls.kind: cls for cls in (ResidencyPlan, ConstructionPlan)}
+    kinds: dict[str, type[Plan]] = {cls.kind: cls for cls in (ResidencyPlan, ConstructionPlan, CompressionPlan)}
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
