@@ -240,6 +240,24 @@ def reference_quantise(w_RC: np.ndarray, made: Packed) -> bool:
     return good
 
 
+def assemble(
+    codes_RC: np.ndarray,
+    format: str,
+    group: int,
+    scales_RB: np.ndarray,
+    zeros_RB: np.ndarray | None = None,
+    planes: list[tuple[np.ndarray, np.ndarray]] | None = None,
+) -> Packed:
+    """Tiles of codes that were chosen elsewhere: int3, int2, or nested with its zeros and two planes of (bits, scales).
+
+    Raises:
+        ValueError: as `part_sizes`.
+    """
+    made = _empty(*codes_RC.shape, format, group)
+    _fill(made, codes_RC, scales_RB, zeros_RB, planes)
+    return made
+
+
 def round_activations(x_TC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(codes int8 [T, C / 32, 32], scales float32 [T, C / 32]): scale max |x| / 127 per 32 inputs, rounded to nearest, ties to even.
 

@@ -1,0 +1,1 @@
+"""Making a model smaller or cheaper, with proof of what it cost."""

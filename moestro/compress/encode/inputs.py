@@ -1,0 +1,69 @@
+"""What a matrix is multiplied with, as the methods that fit weights to data need it: the mean of x x^T, from few or many tokens.
+
+Shapes: n tokens, C inputs of the matrix, D model width, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from moestro.core.experts import ExpertSpec, ExpertWeights
+from moestro.kernels.ffn import activate
+
+PRIOR = 256  # tokens of the expert's own that weigh as much as all other tokens of the layer together
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Of one matrix. moment_CC: mean of x x^T, float64. tokens: how many were its expert's own, 0 for none.
+
+    borrowed: the share of the moment that comes from tokens which were routed to other experts.
+    """
+
+    moment_CC: np.ndarray
+    tokens: int
+    borrowed: float = 0.0
+
+    @classmethod
+    def of(cls, x_nC: np.ndarray) -> Inputs:
+        """From the inputs themselves."""
+        return cls(_moment(x_nC), len(x_nC))
+
+
+def expert_inputs(
+    x_TD: np.ndarray, own_n: np.ndarray, weights: ExpertWeights, spec: ExpertSpec, *, layer_DD: np.ndarray, prior: int = PRIOR
+) -> Mapping[str, Inputs]:
+    """Of an expert's 'gate' and 'up' (one and the same) and 'down', from a layer's inputs and the rows that were routed to it.
+
+    A rare expert's moment is drawn towards that of the whole layer: its own n tokens weigh n / (n + prior), all of the layer the
+    rest. What its last projection would see of the other tokens is computed, for at most `prior` of them, evenly spaced.
+    layer_DD: mean of x x^T over the layer's tokens.
+    """
+    n = len(own_n)
+    borrowed = prior / (n + prior) if n + prior else 1.0
+    some_T = np.arange(0, len(x_TD), max(1, len(x_TD) // max(1, prior)))
+    hidden_nF, other_nF = (hidden(x_TD[rows], weights, spec) for rows in (own_n, some_T))
+    own_DD = _moment(x_TD[own_n]) if n else 0.0
+    inner = Inputs((1 - borrowed) * own_DD + borrowed * layer_DD, n, borrowed)
+    own_FF = _moment(hidden_nF) if n else 0.0
+    last = Inputs((1 - borrowed) * own_FF + borrowed * _moment(other_nF), n, borrowed)
+    return {"gate": inner, "up": inner, "down": last}
+
+
+def hidden(x_nD: np.ndarray, weights: ExpertWeights, spec: ExpertSpec) -> np.ndarray:
+    """What goes into an expert's last projection, float32 [n, F]."""
+
+    def affine(weight_FD: np.ndarray, bias_F: np.ndarray | None) -> np.ndarray:
+        y_nF = x_nD.astype(np.float32, copy=False) @ weight_FD.T
+        return y_nF if bias_F is None else y_nF + bias_F
+
+    gate_nF = None if weights.gate_FD is None else affine(weights.gate_FD, weights.gate_F)
+    return activate(gate_nF, affine(weights.up_FD, weights.up_F), spec.activation, spec.limit, spec.alpha)
+
+
+def _moment(x_nC: np.ndarray) -> np.ndarray:
+    x_nC = x_nC.astype(np.float32, copy=False)
+    return (x_nC.T @ x_nC).astype(np.float64) / max(1, len(x_nC))
