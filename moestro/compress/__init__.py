@@ -1,1 +1,1 @@
-"""Making a model smaller or cheaper, with proof of what it cost."""
+"""Smaller and cheaper models: what to keep, merge, slim and encode, decided over statistics, written as a plan, carried out by one executor."""

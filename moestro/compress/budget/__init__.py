@@ -1,0 +1,1 @@
+"""How many experts each layer keeps: one file per rule, from scores to the experts kept."""

@@ -1,0 +1,75 @@
+"""Carries out a plan's encodings on the matrices of slots and of the trunk, in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from moestro.compress.stats import LayerStats
+from moestro.core.errors import PlanError
+from moestro.core.experts import ExpertWeights
+from moestro.core.layer import ModelFacts
+from moestro.core.method import card_of, load
+from moestro.core.plans.compression import CompressionPlan, Slot
+from moestro.profile.profile import Profile
+
+MATRICES = {"gate": "gate_FD", "up": "up_FD", "down": "down_DF"}
+Given = Callable[[int, Slot, ExpertWeights], Mapping[str, Any]]  # what each matrix of a slot is multiplied with, by role
+
+
+class Encoder:
+    """Methods of kind 'encode' are called as fn(w_RC, inputs, codec=..., **options), those of kind 'sparsify' as fn(w_RC, norm_C,
+    **options), where norm_C is the length of each input over the tokens of the slot. Both give a new matrix of the same shape, plain or
+    in tiles; tiles are written out as the numbers they stand for.
+
+    profile: the statistics that 'sparsify' reads. given: the inputs that calibrated methods of kind 'encode' read.
+    """
+
+    def __init__(
+        self, plan: CompressionPlan, facts: ModelFacts, profile: Profile | None = None, given: Given | None = None
+    ) -> None:
+        self.plan, self.facts, self.profile, self.given = plan, facts, profile, given
+        self._methods = [load(e.method) for e in plan.encodings]
+        self._kinds = [card_of(fn).kind for fn in self._methods]
+        for encoding, kind, fn in zip(plan.encodings, self._kinds, self._methods, strict=True):
+            if kind not in ("encode", "sparsify"):
+                raise PlanError(f"{encoding.method} is a method of kind {kind!r}", expected="one of kind 'encode' or 'sparsify'")
+            if kind == "sparsify" and profile is None:
+                raise PlanError(f"{encoding.method} reads statistics", fix="give the profile with --profile")
+            if kind == "encode" and given is None and "inputs" in card_of(fn).needs:
+                raise PlanError(f"{encoding.method} reads what the matrices are multiplied with", fix="give a text with --data")
+
+    def expert(self, ordinal: int, slot: Slot, weights: ExpertWeights) -> ExpertWeights:
+        """The slot's weights after its encodings; biases stay."""
+        for number in slot.encodings:
+            if self._kinds[number] == "sparsify":
+                assert self.profile is not None
+                stats = LayerStats(self.profile, ordinal)
+                given: Mapping[str, Any] = {role: stats.lengths(role, slot, weights) for role in MATRICES}
+            else:
+                given = self.given(ordinal, slot, weights) if self.given is not None else {}
+            made = {f: getattr(weights, f) for f in ("gate_F", "up_F", "down_D")}
+            for role, name in MATRICES.items():
+                old = getattr(weights, name)
+                made[name] = None if old is None else self._one(number, old, given.get(role))
+            weights = ExpertWeights(**made)
+        return weights
+
+    def matrix(self, name: str, numbers: tuple[int, ...], w_RC: np.ndarray) -> np.ndarray:
+        """A trunk matrix after its encodings."""
+        for number in numbers:
+            if self._kinds[number] == "sparsify" or "inputs" in card_of(self._methods[number]).needs:
+                raise PlanError(
+                    f"{self.plan.encodings[number].method} has no statistics of {name}",
+                    fix="encode it with a method that needs none",
+                )
+            w_RC = self._one(number, w_RC, None)
+        return w_RC
+
+    def _one(self, number: int, w_RC: np.ndarray, given: Any) -> np.ndarray:
+        encoding = self.plan.encodings[number]
+        codec = {"codec": encoding.codec} if self._kinds[number] == "encode" and "codec" not in encoding.options else {}
+        made = self._methods[number](np.ascontiguousarray(w_RC), given, **codec, **encoding.options)
+        return made if isinstance(made, np.ndarray) else made.dequantise()

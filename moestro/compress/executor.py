@@ -1,0 +1,276 @@
+"""Carries out a CompressionPlan from checkpoint to checkpoint, layer by layer: what is kept is copied byte by byte, what changes is computed.
+
+Memory: a new layer at most, in the numbers of the file, and one expert in float32. An interrupted run goes on at the layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moestro.compress.encoding import Encoder
+from moestro.compress.record import write_record
+from moestro.compress.slots import build, mixed_rows
+from moestro.core.errors import CoverageError, InputError, PlanError, StorageError
+from moestro.core.experts import ExpertKey, ExpertWeights
+from moestro.core.plans.compression import CompressionPlan, LayerChange, Slot
+from moestro.kernels.convert import to_bf16, to_f32
+from moestro.models.checkpoint import NUMPY, Checkpoint
+from moestro.models.experts import read_expert
+from moestro.models.families.resize import expert_axis, resized, router_tensors
+from moestro.models.layout import Layout, Part
+from moestro.models.writer import CheckpointWriter
+
+Progress = Callable[[int, int], None]  # (layers done, layers)
+FLOATS = ("F32", "F16", "BF16")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_EXPERT = re.compile(r"((?:^|\.)experts\.)(\d+)(\.)")
+_SMALLEST_SHARD = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """What was written. dropped: tensors of the source that are not in the result, each allowed by the plan."""
+
+    checkpoint: Checkpoint
+    bytes_before: int
+    bytes_after: int
+    dropped: tuple[str, ...]
+
+
+def compress(
+    plan: CompressionPlan,
+    checkpoint: Checkpoint,
+    layout: Layout,
+    out: str | Path,
+    *,
+    encoder: Encoder | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Compressed:
+    """Write the checkpoint that `plan` describes into the folder `out`. encoder: carries out the plan's encodings.
+
+    Raises PlanError when the plan is of another model, CoverageError for tensors that would be lost and are not named,
+    UnsupportedModel when the family cannot hold the result, CheckpointError, StorageError; all that can be known before, before.
+    """
+    out = Path(out)
+    config, lost = prepare(plan, checkpoint, layout)
+    if out.resolve() == checkpoint.path.resolve():
+        raise InputError(f"{out} is the checkpoint being read", fix="choose another output folder")
+    job = Job(plan, checkpoint, layout, encoder or Encoder(plan, layout.facts))
+    routers = {name: la for la in plan.layers for name in router_tensors(checkpoint, layout, la.ordinal)}
+    by_index = {layout.facts.layers[la.ordinal].index: la for la in plan.layers}
+    largest = max(la.num_experts * la.expert_bytes for la in layout.facts.layers)
+    _room(out, layout.facts.trunk_bytes + len(plan.layers) * job.layer_bytes)
+    key = hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()
+    with CheckpointWriter(
+        out, config, shard_bytes=max(largest, _SMALLEST_SHARD), overwrite=overwrite, resume_key=f"{checkpoint.fingerprint} {key}"
+    ) as writer:
+        waiting, done = dict(by_index), 0
+        for name in sorted((n for n in checkpoint.tensors if not job.is_expert(n) and n not in lost), key=_place):
+            if (index := _layer(name)) in waiting:
+                job.write_layer(waiting.pop(index), writer)
+                done += 1
+                if progress:
+                    progress(done, len(by_index))
+            if name in writer:
+                continue
+            if (change := routers.get(name)) is not None:
+                writer.add(name, *job.router(name, change))
+            elif name in plan.tensors:
+                writer.add(name, *job.encoded(name, plan.tensors[name]))
+            else:
+                writer.copy(name, checkpoint)
+        assert not waiting, "every decoder layer has norms"
+        checkpoint.unchanged()
+        write_record(plan, checkpoint, layout.facts, writer.partial)
+        made = writer.finish(copy_files_from=checkpoint)
+    return Compressed(made, checkpoint.nbytes, made.nbytes, tuple(sorted(lost)))
+
+
+def prepare(plan: CompressionPlan, checkpoint: Checkpoint, layout: Layout) -> tuple[dict[str, Any], set[str]]:
+    """The new config.json and the tensors that will be left out; everything that can be wrong is found here."""
+    facts = layout.facts
+    plan.check(facts)
+    if unknown := sorted(set(plan.tensors) - set(layout.trunk)):
+        raise PlanError(f"the plan encodes {unknown[0]}, which is no trunk tensor of this model", fix="make the plan again")
+    config = resized(checkpoint.config, facts, experts=plan.experts, d_expert=plan.width(facts))
+    for la in plan.layers:
+        stored = {part.dtype for part in layout.parts(ExpertKey(la.ordinal, 0))}
+        if not stored <= set(FLOATS) and any(not slot.copied or slot.encodings for slot in la.slots):
+            raise PlanError(
+                f"the experts are stored as {', '.join(sorted(stored))}, in which they can be removed but not changed",
+                expected="experts as F32, F16 or BF16",
+                fix="use a revision of the model in bfloat16",
+            )
+    # What the model does not load may depend on the number of experts, as multi-token-prediction layers do.
+    extra = [n for n in layout.ignored if _layer(n) >= facts.decoder_layers or "mtp" in n]
+    lost = {name for name in layout.ignored if any(fnmatch(name, pattern) for pattern in plan.dropped)}
+    reshaped = plan.experts != facts.layers[0].num_experts or plan.width(facts) != facts.layers[0].spec.d_expert
+    if left := [name for name in extra if reshaped and name not in lost]:
+        raise CoverageError(
+            f"{len(left)} tensors that the model does not load have experts of their own and would not fit, such as {left[0]}",
+            expected="the decoder's layers only",
+            fix=f"allow their loss with --drop '{_pattern(left[0])}'",
+        )
+    return config, lost
+
+
+class Job:
+    """One checkpoint's layers, as they are asked for."""
+
+    def __init__(self, plan: CompressionPlan, checkpoint: Checkpoint, layout: Layout, encoder: Encoder) -> None:
+        self.plan, self.checkpoint, self.layout, self.encoder = plan, checkpoint, layout, encoder
+        self._names = {(ref.file, ref.offset): name for name, ref in checkpoint.tensors.items()}
+        self._experts = set(checkpoint.tensors) - set(layout.trunk) - set(layout.ignored)
+        self._width = plan.width(layout.facts)
+
+    def is_expert(self, name: str) -> bool:
+        return name in self._experts
+
+    @property
+    def layer_bytes(self) -> int:
+        """Of the experts of one new layer, about."""
+        la = self.layout.facts.layers[0]
+        return self.plan.experts * la.expert_bytes * self._width // la.spec.d_expert
+
+    def write_layer(self, change: LayerChange, writer: CheckpointWriter) -> None:
+        """All experts of one layer, one after another, or tensor by tensor where a tensor holds them all."""
+        parts = self.layout.parts(ExpertKey(change.ordinal, 0))
+        if any(self.checkpoint.tensors[self._names[part.file, part.offset]].shape != part.shape for part in parts):
+            self._write_fused(change, writer, parts)
+            return
+        for number, slot in enumerate(change.slots):
+            rows = [i for i, row in enumerate(change.routed) if row.slot == number]
+            source = self.layout.parts(ExpertKey(change.ordinal, slot.sources[0]))
+            names = [self._names[part.file, part.offset] for part in source]
+            made: list[np.ndarray] | None = None
+            for row in rows:
+                targets = [_EXPERT.sub(lambda m, to=row: f"{m[1]}{to}{m[3]}", name) for name in names]
+                if all(name in writer for name in targets):
+                    continue
+                if slot.copied and not slot.encodings:
+                    for name, target in zip(names, targets, strict=True):
+                        writer.copy(target, self.checkpoint, name)
+                else:
+                    made = made or self.make(change.ordinal, slot, source)
+                    for target, part, array in zip(targets, source, made, strict=True):
+                        writer.add(target, array, part.dtype)
+
+    def _write_fused(self, change: LayerChange, writer: CheckpointWriter, parts: tuple[Part, ...]) -> None:
+        names = [self._names[part.file, part.offset] for part in parts]
+        if all(name in writer for name in names):
+            return
+        made = {
+            i: self.make(change.ordinal, slot, parts)
+            for i, slot in enumerate(change.slots)
+            if not slot.copied or slot.encodings
+        }  # fmt: skip
+        for at, (name, part) in enumerate(zip(names, parts, strict=True)):
+            shape = made[min(made)][at].shape if made else part.shape
+
+            def pieces(at: int = at) -> Iterator[np.ndarray]:
+                for row in change.routed:
+                    if row.slot in made:
+                        yield made[row.slot][at]
+                    else:
+                        one = self.layout.parts(ExpertKey(change.ordinal, change.slots[row.slot].sources[0]))[at]
+                        raw = np.empty(one.nbytes, np.uint8)
+                        self.checkpoint.read_range(one.file, one.offset, raw)
+                        yield raw
+
+            writer.stream(name, part.dtype, (len(change.routed), *shape), pieces())
+
+    def make(self, ordinal: int, slot: Slot, parts: tuple[Part, ...]) -> list[np.ndarray]:
+        """A slot's arrays, one for each part, as the file stores them."""
+        read = partial(_read, self.checkpoint, self.layout, ordinal)
+        weights = self.encoder.expert(ordinal, slot, build(slot, read, self._width))
+        return [to_part(weights, part) for part in parts]
+
+    def router(self, name: str, change: LayerChange) -> tuple[np.ndarray, str]:
+        """A router's tensor with its new rows, and its dtype."""
+        ref = self.checkpoint.tensors[name]
+        axis = expert_axis(ref.shape, self.layout.facts.layers[change.ordinal].num_experts, name)
+        old = np.moveaxis(floats(self.checkpoint.read(name), ref.dtype), axis, 0)
+        new = np.moveaxis(mixed_rows(old, change.routed), 0, axis)
+        return stored(np.ascontiguousarray(new), ref.dtype), ref.dtype
+
+    def encoded(self, name: str, numbers: tuple[int, ...]) -> tuple[np.ndarray, str]:
+        """A trunk tensor after its encodings, and its dtype."""
+        ref = self.checkpoint.tensors[name]
+        if ref.dtype not in FLOATS or len(ref.shape) != 2:
+            raise PlanError(
+                f"{name} is {ref.dtype} {list(ref.shape)}", expected="a matrix of floats", fix="take it out of the plan"
+            )
+        return stored(self.encoder.matrix(name, numbers, floats(self.checkpoint.read(name), ref.dtype)), ref.dtype), ref.dtype
+
+
+def _read(checkpoint: Checkpoint, layout: Layout, ordinal: int, expert: int) -> ExpertWeights:
+    return read_expert(checkpoint, layout, ExpertKey(ordinal, expert))
+
+
+def floats(array: np.ndarray, dtype: str) -> np.ndarray:
+    """A stored array in float32 (float64 stays)."""
+    return to_f32(array) if dtype in FLOATS else array
+
+
+def stored(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 values rounded to nearest in a stored dtype; BF16 as bit patterns."""
+    if dtype == "BF16":
+        return to_bf16(np.ascontiguousarray(values, np.float32))
+    return np.ascontiguousarray(values, NUMPY[dtype])
+
+
+def to_part(weights: ExpertWeights, part: Part) -> np.ndarray:
+    """What a part of an expert holds, as the file stores it: fused, interleaved, transposed, in its dtype."""
+    kind = part.role.removesuffix("_bias")
+    bias = part.role.endswith("_bias")
+    fields = {"gate": ("gate_F" if bias else "gate_FD",), "up": ("up_F" if bias else "up_FD",)}
+    fields |= {"down": ("down_D" if bias else "down_DF",), "gate_up": fields["gate"] + fields["up"]}
+    arrays = [getattr(weights, name) for name in fields[kind]]
+    if len(arrays) == 1:
+        whole = arrays[0]
+    elif part.interleaved:
+        whole = np.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
+    else:
+        whole = np.concatenate(arrays)
+    return stored(whole.T if part.transposed and whole.ndim == 2 else whole, part.dtype)
+
+
+def _layer(name: str) -> int:
+    """The decoder layer a tensor belongs to, or -1."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else -1
+
+
+def _place(name: str) -> tuple[int, int, str]:
+    """Order in the file: embeddings, then layer by layer, then what follows them."""
+    index = _layer(name)
+    return (1, index, name) if index >= 0 else (0 if "embed" in name else 2, 0, name)
+
+
+def _pattern(name: str) -> str:
+    found = _LAYER.search(name)
+    return f"{name[: found.end()]}*" if found else name
+
+
+def _room(out: Path, needed: int) -> None:
+    """Raises StorageError when the disk is too full to hold the result."""
+    there = next((p for p in (out.absolute(), *out.absolute().parents) if p.exists()), Path("/"))
+    already = sum(f.stat().st_size for f in out.with_name(out.name + ".partial").glob("shard-*"))
+    if (free := shutil.disk_usage(there).free + already) < needed:
+        raise StorageError(
+            f"{there} has {free / 1e9:.2f} GB free",
+            expected=f"about {needed / 1e9:.2f} GB",
+            fix="make room, or choose another disk",
+        )

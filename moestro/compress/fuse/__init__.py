@@ -1,0 +1,1 @@
+"""How a group of experts becomes one expert: coefficients and alignments of its members."""

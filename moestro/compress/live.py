@@ -1,0 +1,112 @@
+"""Carries out a CompressionPlan on a live model: the same arithmetic and rounding as the executor's, with no file in between. Needs torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from moestro.compress.encoding import Encoder
+from moestro.compress.slots import arrays_of, build, mixed_rows
+from moestro.core.errors import UnsupportedModel
+from moestro.core.experts import ExpertKey, ExpertWeights
+from moestro.core.plans.compression import CompressionPlan, LayerChange
+from moestro.models.experts import Stacked
+from moestro.models.families.resize import expert_axis, is_router, resized
+from moestro.models.layout import Layout
+from moestro.models.live import Seam, seams, skeleton
+from moestro.models.open import Model
+
+if TYPE_CHECKING:
+    import torch
+
+
+def compress_live(plan: CompressionPlan, model: Model, *, encoder: Encoder | None = None) -> Model:
+    """A new live model as `plan` says; `model` stays as it was, and both share what is not changed.
+
+    Raises PlanError when the plan is of another model, UnsupportedModel when the family cannot hold the result.
+    """
+    facts, checkpoint = model.facts, model.checkpoint
+    plan.check(facts)
+    encoder = encoder or Encoder(plan, facts)
+    width = plan.width(facts)
+    config = resized(checkpoint.config, facts, experts=plan.experts, d_expert=width)
+    layers = tuple(replace(la, num_experts=plan.experts, spec=replace(la.spec, d_expert=width)) for la in facts.layers)
+    layout = Layout(replace(facts, layers=layers), model.layout.trunk, model.layout.ignored, _no_files)
+    dtype = str(next(iter(model.module.parameters())).dtype).removeprefix("torch.")
+    module = skeleton(replace(checkpoint, config=config), dtype)
+    found = seams(module, layout)
+    for seam, change in zip(found, plan.layers, strict=True):
+        _fill(seam, model, change, encoder, width)
+    _share(module, model, plan, encoder)
+    return Model(replace(checkpoint, config=config), layout, module, found)
+
+
+def _no_files(key: ExpertKey) -> NoReturn:
+    raise UnsupportedModel(
+        "a model that was compressed in memory has no files", fix="write it with `moestro apply`, and open that"
+    )
+
+
+def _fill(seam: Seam, model: Model, change: LayerChange, encoder: Encoder, width: int) -> None:
+    """Give one layer's experts module real parameters: the slots, one for each row of the router."""
+    import torch
+
+    module, experts = seam.experts, Stacked(seam)
+    for name, made in dict(module.named_parameters(recurse=False)).items():
+        module._parameters[name] = torch.nn.Parameter(torch.zeros(made.shape, dtype=made.dtype))
+    made_of = {}
+    for number, slot in enumerate(change.slots):
+        made_of[number] = encoder.expert(change.ordinal, slot, build(slot, lambda e: _plain(model, change.ordinal, e), width))
+    with torch.no_grad():
+        for i, row in enumerate(change.routed):
+            into = experts.weights(i)
+            for name, array in arrays_of(made_of[row.slot]).items():
+                getattr(into, name).copy_(torch.from_numpy(np.ascontiguousarray(array)))
+
+
+def _plain(model: Model, ordinal: int, expert: int) -> ExpertWeights:
+    tensors: dict[str, Any] = arrays_of(model.weights(ExpertKey(ordinal, expert)))
+    arrays = {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
+    return ExpertWeights(**{name: arrays.get(name) for name in ExpertWeights.__slots__})  # type: ignore[arg-type]
+
+
+def _share(module: Any, model: Model, plan: CompressionPlan, encoder: Encoder) -> None:
+    """Everything that is no expert: routers with their new rows, encoded matrices, and the old model's own tensors for the rest."""
+    import torch
+
+    old: Any = model.module
+    inside = tuple(f"{name}." for name, m in module.named_modules() if name.rpartition(".")[2] == "experts")
+    changes = {facts.index: change for facts, change in zip(model.facts.layers, plan.layers, strict=True)}
+    experts = {facts.index: facts.num_experts for facts in model.facts.layers}
+    numbers = _in_memory(module, plan)
+    for name, tensor in [*old.named_parameters(remove_duplicate=False), *old.named_buffers(remove_duplicate=False)]:
+        if name.startswith(inside):
+            continue
+        index = _layer(name)
+        value: torch.Tensor = tensor
+        if index in changes and is_router(name):
+            axis = expert_axis(tuple(tensor.shape), experts[index], name)
+            rows = mixed_rows(np.moveaxis(tensor.detach().float().numpy(), axis, 0), changes[index].routed)
+            value = torch.from_numpy(np.ascontiguousarray(np.moveaxis(rows, 0, axis))).to(tensor.dtype)
+        elif name in numbers:
+            value = torch.from_numpy(encoder.matrix(name, numbers[name], tensor.detach().float().numpy())).to(tensor.dtype)
+        owner, _, leaf = name.rpartition(".")
+        parent = module.get_submodule(owner)
+        if leaf in parent._parameters:
+            parent._parameters[leaf] = value if value is tensor else torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
+        else:
+            parent._buffers[leaf] = value
+
+
+def _in_memory(module: Any, plan: CompressionPlan) -> dict[str, tuple[int, ...]]:
+    from moestro.models.live import renamer
+
+    rename = renamer(module)
+    return {rename(name): numbers for name, numbers in plan.tensors.items()}
+
+
+def _layer(name: str) -> int:
+    parts = name.split(".")
+    return int(parts[parts.index("layers") + 1]) if "layers" in parts[:-1] else -1
