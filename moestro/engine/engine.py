@@ -33,6 +33,7 @@ from moestro.engine.trunk import State, TransformersTrunk, Trunk, has_recurrent_
 from moestro.kernels.native import cores
 from moestro.kernels.reader import READERS, Reader
 from moestro.models.checkpoint import Checkpoint
+from moestro.models.codecs.coded import changes_said
 from moestro.models.codecs.encode import PLANES, ROUNDED
 from moestro.models.layout import Layout
 
@@ -203,7 +204,7 @@ class Engine:
         return NativeTrunk(self.checkpoint, self.layout, self._seam, self.plan.dtype, **options)
 
     def _changes(self) -> tuple[str, ...]:
-        out = list(self.store.changes)
+        out = [*changes_said(self.checkpoint.config), *self.store.changes]
         own, used = self.facts.dtype, self.facts.dtype if self.plan.dtype == "auto" else self.plan.dtype
         if own != used and used != "float32" and self.plan.trunk == "transformers":
             out.append(f"the trunk's {own} weights are rounded to {used}")

@@ -140,8 +140,8 @@ def codecs_of(checkpoint: Checkpoint, layout: Layout, codec: str, widths: Precis
         )
     out: dict[ExpertKey, Codec] = {}
     for layer in layout.facts.layers:
-        form = stored_format(layout.parts(ExpertKey(layer.ordinal, 0)))
         for key in (ExpertKey(layer.ordinal, e) for e in range(layer.num_experts)):
+            form = stored_format(layout.parts(key))
             out[key] = parse_codec(codec if widths is None else widths.width(key), form)
     if cut := next((coder for coder in out.values() if coder.format == "nested" and coder.planes != PLANES[-1]), None):
         raise InputError(f"{cut.name} is a part of a nested codec", expected=f"{cut.format}:{cut.group}, which holds all planes")

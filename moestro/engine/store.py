@@ -20,6 +20,7 @@ from moestro.core.experts import ExpertKey, ExpertSpec
 from moestro.core.layer import ModelFacts
 from moestro.core.plans.residency import Precision
 from moestro.kernels.ffn import ExpertView, Matrix
+from moestro.kernels.packed import Packed
 from moestro.kernels.reader import Read, Reader, aligned
 from moestro.models.checkpoint import Checkpoint
 from moestro.models.codecs.encode import PLANES, ROUNDED, Codec, keeps_weights, parse_codec
@@ -124,8 +125,10 @@ def runs(parts: Sequence[Part]) -> tuple[list[Run], list[int], int]:
     return out, places, cursor
 
 
-def broken(matrix: Matrix) -> bool:
+def broken(matrix: Matrix | Packed) -> bool:
     """Whether a matrix holds a NaN or an infinity, judged on its bits."""
+    if isinstance(matrix, Packed):
+        return not matrix.finite
     if matrix.format == "mxfp4":
         assert matrix.scales is not None
         return bool((matrix.scales == 255).any())

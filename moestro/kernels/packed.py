@@ -99,6 +99,14 @@ class Packed:
     def bits_per_weight(self) -> float:
         return 8 * self.nbytes / max(1, self.rows * self.cols)
 
+    @property
+    def finite(self) -> bool:
+        """Whether all scales are numbers; codes always are."""
+        if self.format == "mxfp4":
+            return not (_units(self, 0)[:, :, :TILE] == 255).any()
+        heads = (np.ascontiguousarray(_units(self, part)[:, :, : 2 * TILE]).view(np.float16) for part in range(len(self.parts)))
+        return all(bool(np.isfinite(head).all()) for head in heads)
+
     def dequantise(self) -> np.ndarray:
         """float32 [rows, cols]: the planes' values added in order."""
         total: np.ndarray | None = None
@@ -253,7 +261,8 @@ def assemble(
     Raises:
         ValueError: as `part_sizes`.
     """
-    made = _empty(*codes_RC.shape, format, group)
+    rows, cols = codes_RC.shape
+    made = _empty(rows, cols, format, group)
     _fill(made, codes_RC, scales_RB, zeros_RB, planes)
     return made
 

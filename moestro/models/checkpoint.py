@@ -37,7 +37,8 @@ _PIECE = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """One tensor: `nbytes` at byte `offset` of `file`. dtype: the safetensors name ('F32', 'BF16', 'U8', ...)."""
+    """One tensor: `nbytes` at byte `offset` of `file`. dtype: the safetensors name ('F32', 'BF16', 'U8', ...), or of a matrix in few-bit
+    tiles its codec ('int4:64', see models.codecs.coded)."""
 
     name: str
     file: Path
@@ -112,7 +113,9 @@ class Checkpoint:
                     expected="an index and shards of the same checkpoint",
                     fix="download the index and the shards again from one revision",
                 )
-        tensors = dict(sorted(tensors.items()))
+        from moestro.models.codecs.coded import mark
+
+        tensors = mark(config, dict(sorted(tensors.items())))
         return cls(str(model), path, config, tensors, _fingerprint(path, config, tensors, stamps), stamps)
 
     @property

@@ -17,6 +17,7 @@ import numpy as np
 from moestro.core.errors import CheckpointError, UnsupportedModel
 from moestro.core.layer import LayerFacts
 from moestro.models.checkpoint import Checkpoint, TensorRef, check_finite
+from moestro.models.codecs.coded import is_coded, read_coded
 from moestro.models.families import settings_of
 from moestro.models.layout import Layout
 
@@ -283,6 +284,8 @@ def read_tensor(checkpoint: Checkpoint, ref: TensorRef) -> Any:
     """One tensor from disk, in its own dtype. Raises CheckpointError when it holds a NaN or an infinity."""
     import torch
 
+    if is_coded(ref.dtype):
+        return torch.from_numpy(read_coded(checkpoint, ref.name).dequantise())
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     if ref.dtype not in dtypes:
         raise UnsupportedModel(

@@ -23,6 +23,7 @@ import numpy as np
 
 from moestro.core.errors import CheckpointError, InputError, StorageError
 from moestro.models.checkpoint import BITS, CONFIG, INDEX, NUMPY, WEIGHTS, Checkpoint, read_header
+from moestro.models.codecs.coded import is_coded
 
 COMPANIONS = (
     "tokenizer*", "*.jinja", "additional_chat_templates/*.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json",
@@ -101,7 +102,8 @@ class CheckpointWriter:
                 source.read_range(ref.file, ref.offset + start, piece)
                 yield piece
 
-        self.stream(name, ref.dtype, ref.shape, pieces())
+        coded = is_coded(ref.dtype)  # a matrix in tiles is plain bytes in the file
+        self.stream(name, "U8" if coded else ref.dtype, (ref.nbytes,) if coded else ref.shape, pieces())
 
     def stream(self, name: str, dtype: str, shape: Iterable[int], pieces: Iterable[np.ndarray]) -> None:
         """Write a tensor from contiguous arrays whose bytes, joined, are its data. A wrong total is a programmer's error."""

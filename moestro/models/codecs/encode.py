@@ -20,6 +20,7 @@ from moestro.kernels.packed import GROUPS, Packed, pack, quantise
 PLAIN = ("f32", "f16", "bf16")
 GROUPED = ("int8", "int4", "int3", "int2", "nested")
 CODECS = ("stored", *PLAIN, *(f"{kind}:{g}" for kind in GROUPED for g in GROUPS), "mxfp4")
+TILED_MXFP4 = "mxfp4:32"  # what a checkpoint holds when it is MXFP4 in tiles; its rows of MXFP4 are 'mxfp4'
 PLANES = (2, 3, 4)  # how many bits of a nested weight may be used
 ROUNDED = "activations are rounded to 8 bits in groups of 32"
 
@@ -47,6 +48,8 @@ class Codec(NamedTuple):
 
 def parse_codec(name: str, stored: str = "stored") -> Codec:
     """A codec from its name; 'stored' means the format `stored`. `int8:g64` is read as `int8:64`. Raises InputError."""
+    if name == "stored" and ":" in stored:
+        return parse_codec("mxfp4" if stored == TILED_MXFP4 else stored)
     whole, _, planes = name.replace(":g", ":").partition("/")
     if whole not in CODECS or (planes and (not whole.startswith("nested") or planes not in map(str, PLANES))):
         raise InputError(f"unknown codec {name!r}", expected=f"one of {', '.join(CODECS)}")
@@ -73,7 +76,7 @@ def parse_trunk_codec(name: str) -> Codec | None:
 
 def keeps_weights(codec: Codec, stored: str) -> bool:
     """Whether weights stored as `stored` survive the codec without any change."""
-    return codec.format == stored or codec.format == "f32"
+    return stored in (codec.format, codec.name) or codec.format == "f32" or (codec.name, stored) == ("mxfp4", TILED_MXFP4)
 
 
 def check_fit(codec: Codec, width: int, what: str = "these experts have rows") -> None:

@@ -13,7 +13,10 @@ from moestro.core.errors import CheckpointError
 from moestro.core.experts import ExpertWeights
 from moestro.kernels.convert import split_gate_up, to_f32, transpose
 from moestro.kernels.ffn import ExpertView, Matrix
+from moestro.kernels.packed import Packed
 from moestro.models.checkpoint import NUMPY, Checkpoint
+from moestro.models.codecs.coded import is_coded, packed_in
+from moestro.models.codecs.encode import TILED_MXFP4
 from moestro.models.layout import Part
 
 FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -48,14 +51,13 @@ def view(parts: Sequence[Part], raws: Sequence[np.ndarray]) -> ExpertView:
     """
     stored = {part.role: (part, raw) for part, raw in zip(parts, raws, strict=True)}
     assert len(stored) == len(parts), "a role appears twice"
-    matrices: dict[str, Matrix] = {}
+    matrices: dict[str, Matrix | Packed] = {}
     biases: dict[str, np.ndarray] = {}
     try:
         for role in ("gate", "up", "down"):
             if role in stored:
                 part, raw = stored[role]
-                data, scales = _values(part, raw), _scales(stored, role)
-                matrices[role] = _matrix(part, transpose(data) if part.transposed else data, scales)
+                matrices[role] = _one(part, raw, _scales(stored, role))
             if (bias := stored.get(role + "_bias")) is not None:
                 biases[role] = to_f32(_array(*bias)).reshape(-1)
         if "gate_up" in stored:
@@ -79,13 +81,15 @@ def view(parts: Sequence[Part], raws: Sequence[np.ndarray]) -> ExpertView:
 
 
 def stored_format(parts: Sequence[Part]) -> str:
-    """The number format that holds these parts exactly: 'f32', 'f16', 'bf16' or 'mxfp4'; 'f32' when they differ. Raises CheckpointError."""
+    """The number format that holds these parts exactly: 'f32', 'f16', 'bf16', 'mxfp4' or a codec; 'f32' when they differ. Raises CheckpointError."""
     roles = {part.role for part in parts}
     kinds = {_format(part, part.role + "_scales" in roles) for part in parts if part.role in ("gate", "up", "gate_up", "down")}
     return kinds.pop() if len(kinds) == 1 else "f32"
 
 
 def _format(part: Part, scaled: bool) -> str:
+    if is_coded(part.dtype):
+        return TILED_MXFP4 if part.dtype == "mxfp4" else part.dtype
     if part.dtype == "U8" and scaled:
         return "mxfp4"
     if part.dtype not in FORMATS:
@@ -114,6 +118,13 @@ def _values(part: Part, raw: np.ndarray) -> np.ndarray:
 def _scales(stored: dict[str, tuple[Part, np.ndarray]], role: str) -> np.ndarray | None:
     found = stored.get(role + "_scales")
     return None if found is None else _array(*found)
+
+
+def _one(part: Part, raw: np.ndarray, scales: np.ndarray | None) -> Matrix | Packed:
+    if is_coded(part.dtype):
+        return packed_in(raw, part.dtype, part.shape)
+    data = _values(part, raw)
+    return _matrix(part, transpose(data) if part.transposed else data, scales)
 
 
 def _matrix(part: Part, data: np.ndarray, scales: np.ndarray | None) -> Matrix:

@@ -12,11 +12,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from moestro.core.errors import CheckpointError
+from moestro.core.errors import CheckpointError, InputError
 from moestro.kernels.convert import to_f32
 from moestro.kernels.packed import TILE, Packed, part_sizes, quantise
 from moestro.kernels.reader import READERS, Read, Reader, aligned
 from moestro.models.checkpoint import NUMPY, Checkpoint, check_finite
+from moestro.models.codecs.coded import is_coded
 from moestro.models.codecs.encode import Codec, check_fit, parse_codec
 
 FILE = "trunk.bin"
@@ -42,6 +43,10 @@ def encode_rows(checkpoint: Checkpoint, name: str, codec: Codec, first: int = 0,
     ref = checkpoint.ref(name)
     rows, cols = ref.shape[0] if count is None else count, ref.shape[1]
     check_fit(codec, cols, f"{name} has rows")
+    if is_coded(ref.dtype):
+        raise InputError(
+            f"{name} is coded in {ref.dtype} already", expected="a trunk of plain numbers", fix="use the trunk codec 'stored'"
+        )
     dtype = np.dtype(NUMPY[ref.dtype])
     parts = tuple(aligned(size) for size in part_sizes(rows, cols, codec.format, codec.group))
     tile = part_sizes(TILE, cols, codec.format, codec.group)

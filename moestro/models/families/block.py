@@ -12,6 +12,7 @@ from moestro.core.errors import CheckpointError, UnsupportedModel
 from moestro.core.experts import ExpertKey, ExpertSpec
 from moestro.core.layer import LayerFacts, ModelFacts, RouterFacts
 from moestro.models.checkpoint import Checkpoint, TensorRef
+from moestro.models.codecs.coded import METHOD, is_coded
 from moestro.models.families.settings import Settings
 from moestro.models.layout import Layout, Part
 
@@ -98,9 +99,9 @@ def layout(checkpoint: Checkpoint, settings: Settings, block: Block) -> Layout:
     layers, total = [], 0
     for ordinal, index in enumerate(block.layers):
         _check(places[index], index, block)
-        parts = places[index].parts(0, block)
-        size = sum(part.nbytes for part in parts)
-        total += size * block.experts
+        whole = sum(part.nbytes for e in range(block.experts) for part in places[index].parts(e, block))
+        size = whole // block.experts  # the mean, where experts differ in bits
+        total += whole
         layers.append(LayerFacts(ordinal, index, block.experts, block.top_k, block.spec, block.router, block.shared, size))
     tied = block.tied and not any(name.endswith("lm_head.weight") for name in trunk)
     if not block.tied and not any(name.endswith("lm_head.weight") for name in trunk):
@@ -204,7 +205,11 @@ def _check(place: Places, index: int, block: Block) -> None:
                     expected=str([count, *right] if place.fused else list(right)),
                     fix="use the config.json that belongs to the weights",
                 )
-            if ref.dtype not in DTYPES and not (ref.dtype == "U8" and role.removesuffix("_scales") in group):
+            if (
+                ref.dtype not in DTYPES
+                and not is_coded(ref.dtype)
+                and not (ref.dtype == "U8" and role.removesuffix("_scales") in group)
+            ):
                 raise UnsupportedModel(
                     f"{ref.name} has dtype {ref.dtype}", expected="F32, F16, BF16 or MXFP4", fix="use the unquantised checkpoint"
                 )
@@ -227,10 +232,10 @@ def _shape(role: str, block: Block, *, coded: bool, fused: bool) -> tuple[int, .
 
 def _refuse_quantised(settings: Settings) -> None:
     method = (settings.data.get("quantization_config") or {}).get("quant_method")
-    if method not in (None, "mxfp4"):
+    if method not in (None, "mxfp4", METHOD):
         raise UnsupportedModel(
             f"the checkpoint is quantised with {method!r}",
-            expected="16 or 32 bit floats, or MXFP4 experts",
+            expected="16 or 32 bit floats, MXFP4 experts, or moestro's own tiles",
             fix="use the unquantised checkpoint",
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from moestro.core.errors import CheckpointError, UnsupportedModel
 from moestro.core.layer import ModelFacts
 from moestro.models.checkpoint import Checkpoint
+from moestro.models.codecs.coded import is_coded
 from moestro.models.families.settings import Settings
 from moestro.models.layout import Layout
 from moestro.models.native.decoder import Attention, Decoder, Latent, Layer, Linear, Mlp, Rope, Router
@@ -45,7 +46,7 @@ class Names:
                 expected=str(list(shape)),
                 fix="use the config.json that belongs to the weights",
             )
-        if ref.dtype not in STORED:
+        if ref.dtype not in STORED and not (is_coded(ref.dtype) and len(shape) == 2):
             raise UnsupportedModel(f"{name} has dtype {ref.dtype}", expected=", ".join(STORED))
         return name
 

@@ -12,6 +12,7 @@ from moestro.kernels.ffn import Matrix
 from moestro.kernels.packed import Packed
 from moestro.kernels.reader import aligned
 from moestro.models.checkpoint import NUMPY, Checkpoint, check_finite
+from moestro.models.codecs.coded import is_coded, read_coded, rows_in
 from moestro.models.codecs.encode import Codec
 from moestro.models.codecs.trunk import PackedTrunk, encode_rows, encoded_bytes, rows_of, same_bytes
 from moestro.models.native.decoder import Attention, Decoder, Linear
@@ -106,6 +107,12 @@ class Weights:
 
     def pieces(self, name: str, count: int) -> list[Matrix | Packed]:
         """A matrix cut into `count` of equal rows."""
+        if self.packed is None and is_coded((ref := self.checkpoint.ref(name)).dtype):
+            self._once(name)
+            whole = read_coded(self.checkpoint, name, aligned(ref.nbytes))
+            self.nbytes += ref.nbytes
+            rows = whole.rows // count
+            return [whole] if count == 1 else [rows_in(whole, i * rows, rows) for i in range(count)]
         if self.codec is None or name not in self.coded:
             array = self.array(name)
             rows = len(array) // count
