@@ -54,6 +54,10 @@ class SequenceCache:
         """Write float32 keys (and values) behind what is held; all that the new tokens may see."""
         return self._layers[layer].put(self.length, keys_TKd, values_TKv)
 
+    def place(self, layer: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Room for one token more behind what is held: (keys_KSd, values_KSd, position in them). The caller writes it."""
+        return self._layers[layer].place(self.length)
+
     def advance(self, tokens: int) -> None:
         """The tokens that were put in every layer now belong to the sequence."""
         self.length += tokens
@@ -84,6 +88,12 @@ class _LayerCache:
     def _array(self, heads: int, width: int) -> np.ndarray:
         nbytes = heads * self.capacity * width * self._dtype.itemsize
         return aligned(nbytes).view(self._dtype).reshape(heads, self.capacity, width)
+
+    def place(self, length: int) -> tuple[np.ndarray, np.ndarray, int]:
+        if length + 1 - self.first > self.capacity:
+            self._make_room(length, 1)
+        assert self._values is not None, "values lie in the keys"
+        return self._keys, self._values, length - self.first
 
     def put(self, length: int, keys_TKd: np.ndarray, values_TKv: np.ndarray | None) -> Held:
         if length + len(keys_TKd) - self.first > self.capacity:

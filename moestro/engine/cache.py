@@ -116,6 +116,19 @@ class ExpertCache:
                 self._sweep()
             raise
 
+    def resident(self, experts: Sequence[int], moment: Moment) -> list[ExpertView] | None:
+        """These experts of layer moment.layer as they are, if all are runnable: a demand without a lease, which ends at the next one."""
+        views, layer = self.views, moment.layer
+        found = [views.get(ExpertKey(layer, e)) for e in experts]
+        if None in found:
+            return None
+        withdrawn = self.table.use([ExpertKey(layer, e) for e in sorted(experts)], moment)
+        if withdrawn is None:
+            return None
+        for key, slot in withdrawn:
+            self._leave(key, slot)
+        return found  # type: ignore[return-value]
+
     def fetch(self, placements: Iterable[Placement], moment: Moment, *, urgent: bool = True) -> None:
         """Start the reads of what the table has placed; a prefetch that is now needed becomes urgent."""
         try:

@@ -67,6 +67,14 @@ class Dispatch:
                     return work.sum()
                 lease = following or next(leases)
 
+    def resident(self, experts_1K: np.ndarray, moment: Moment, glimpse: Glimpse | None = None) -> list[ExpertView] | None:
+        """One token's experts in this order, none of them empty, if all are in memory: counted, told to the policy and followed by
+        prefetches as by `run`, whose arithmetic is left to the caller, who has to be done before the next call. None: call `run`."""
+        views = self.cache.resident(experts_1K[0].tolist(), moment)
+        if views is not None and self.prefetcher is not None:
+            self.cache.fetch(self.prefetcher.routed(experts_1K, moment, glimpse), moment, urgent=False)
+        return views
+
 
 class _Work:
     """The pairs of one layer and pass, sorted by expert. Their output rows lie in the order in which the experts came."""

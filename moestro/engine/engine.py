@@ -30,6 +30,7 @@ from moestro.engine.sample import SamplingParams
 from moestro.engine.store import ExpertStore, PackedStore, SourceStore, load
 from moestro.engine.table import Moment, SlotTable
 from moestro.engine.trunk import State, TransformersTrunk, Trunk, has_recurrent_states
+from moestro.kernels.ffn import ExpertView
 from moestro.kernels.native import cores
 from moestro.kernels.reader import READERS, Reader
 from moestro.models.checkpoint import Checkpoint
@@ -200,7 +201,7 @@ class Engine:
         """Its matrices as the plan says: from the packed folder if they lie there so, else quantised while they are read."""
         codec = self.plan.trunk_codec
         packed = self.store.trunk() if isinstance(self.store, PackedStore) and codec == self.store.trunk_codec else None
-        options = {"codec": codec, "packed": packed, "threads": self.threads}
+        options = {"codec": codec, "packed": packed, "threads": self.threads, "resident": self._resident}
         return NativeTrunk(self.checkpoint, self.layout, self._seam, self.plan.dtype, **options)
 
     def _changes(self) -> tuple[str, ...]:
@@ -268,6 +269,19 @@ class Engine:
             seen = (experts_TK.copy(), weights_TK.copy())
             self._records.append((*seen, x_TD.copy(), y_TD) if self._inputs else seen)
         return y_TD
+
+    def _resident(
+        self, ordinal: int, x_1D: np.ndarray, experts_1K: np.ndarray, weights_1K: np.ndarray
+    ) -> list[ExpertView] | None:
+        """One token's experts if all are in memory, with everything that the seam does but the arithmetic."""
+        if self.stop.is_set():
+            raise KeyboardInterrupt
+        if self._watched or not weights_1K.all():
+            return None
+        views = self.dispatch.resident(experts_1K, Moment(self._step, ordinal, self._prefilling), self._glimpse(ordinal, x_1D))
+        if views is not None and self.recorder is not None:
+            self.recorder.layer(ordinal, experts_1K, weights_1K)
+        return views
 
     def _glimpse(self, ordinal: int, x_TD: np.ndarray) -> Glimpse | None:
         if self.dispatch.prefetcher is None or ordinal + 1 == len(self.facts.layers):

@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens of one pass, N valid rows of it, D model width, V 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -15,12 +15,13 @@ from moestro.core.errors import CheckpointError, InputError, UnsupportedModel
 from moestro.core.layer import LayerFacts
 from moestro.engine.attention_cache import DTYPES, SequenceCache
 from moestro.engine.native_attention import GroupedAttention, LatentAttention, Scratch, Step
+from moestro.engine.native_layer import NativeLayer, NativeRouter
 from moestro.engine.trunk import Seam, State
-from moestro.kernels.ffn import ExpertView, Matrix, grouped_ffn
+from moestro.kernels.ffn import ExpertView, grouped_ffn
 from moestro.kernels.linear import linear
 from moestro.kernels.norm import add_rms_norm, rms_norm
-from moestro.kernels.packed import Packed
 from moestro.kernels.softmax import sigmoid
+from moestro.kernels.step import LayerStep
 from moestro.kernels.topk import topk
 from moestro.models.checkpoint import Checkpoint
 from moestro.models.codecs.encode import parse_trunk_codec
@@ -31,6 +32,8 @@ from moestro.models.native.decoder import Attention, Decoder, Layer, Mlp
 from moestro.models.native.router import liked, route
 from moestro.models.native.weights import Weights, embed, matrices
 
+# fn(ordinal, x_1D, experts_1K, weights_1K) -> the chosen experts' views in this order, counted as the seam counts, if all are in memory
+Resident = Callable[[int, np.ndarray, np.ndarray, np.ndarray], list[ExpertView] | None]
 TRUNKS = ("auto", "native", "transformers")
 
 
@@ -50,33 +53,11 @@ def choose_trunk(checkpoint: Checkpoint, layout: Layout, trunk: str = "auto", dt
     return "transformers" if trunk == "transformers" or reason is not None else "native"
 
 
-@dataclass(frozen=True, slots=True)
-class _Router:
-    facts: LayerFacts
-    weight: Matrix | Packed
-    bias: np.ndarray | None
-    choice: np.ndarray | None
-
-    def logits(self, x_ND: np.ndarray, out_NE: np.ndarray | None = None, threads: int = 0) -> np.ndarray:
-        return linear(x_ND, self.weight, out_TR=out_NE, bias_R=self.bias, threads=threads)
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One decoder layer's weights. mlp: dense, or what every token passes beside the experts."""
-
-    input_norm: np.ndarray
-    attention: GroupedAttention | LatentAttention
-    post_norm: np.ndarray
-    router: _Router | None
-    mlp: ExpertView | None
-    mlp_gate: tuple[Matrix | Packed, np.ndarray | None] | None
-
-
 class NativeTrunk:
     """A `Trunk` for the families of models.native. See `native_supported`.
 
-    seam: computes the routed experts. dtype: of cached keys and values, 'auto' for the checkpoint's own; arithmetic is float32
+    seam: computes the routed experts. resident: gives them for one row, which then takes two native calls per layer; where it gives
+    none, the seam is asked. dtype: of cached keys and values, 'auto' for the checkpoint's own; arithmetic is float32
     and weights stay as stored, or matrices are in few bits: `codec` names how, and `packed` holds them so already.
     threads: of the arithmetic, 0 for all cores.
 
@@ -95,8 +76,9 @@ class NativeTrunk:
         codec: str = "stored",
         packed: PackedTrunk | None = None,
         threads: int = 0,
+        resident: Resident | None = None,
     ) -> None:
-        self.seam, self.layout, self.threads = seam, layout, threads
+        self.seam, self.layout, self.threads, self.resident = seam, layout, threads, resident
         own = layout.facts.dtype
         if dtype not in ("auto", "float32", own):
             raise UnsupportedModel(
@@ -113,18 +95,21 @@ class NativeTrunk:
         if left := sorted(set(layout.trunk) - weights.read):
             raise CheckpointError(f"{left[0]} was not used", expected="every weight in its place")
         self._nbytes = weights.nbytes
+        self._following = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
+        pairs = zip(self._layers, self._following, strict=True)
+        self._steps = [None if resident is None else layer.step(norm, self.decoder) for layer, norm in pairs]
         self._routers = [layer.router for layer in self._layers if layer.router is not None]
         self._rooms = [layer.attention.room for layer in self._layers]
         self._scratch = Scratch()
 
-    def _layer(self, layer: Layer, weights: Weights, facts: LayerFacts | None) -> _Layer:
+    def _layer(self, layer: Layer, weights: Weights, facts: LayerFacts | None) -> NativeLayer:
         kind = GroupedAttention if isinstance(layer.attention, Attention) else LatentAttention
         attention = kind(layer.attention, weights, self.decoder.eps, self.decoder.rope.interleaved)  # type: ignore[arg-type]
         router = None
         if layer.router is not None:
             assert facts is not None
-            router = _Router(facts, *weights.linear(layer.router.linear), weights.vector(layer.router.choice))
-        return _Layer(
+            router = NativeRouter(facts, *weights.linear(layer.router.linear), weights.vector(layer.router.choice))
+        return NativeLayer(
             weights.required(layer.input_norm),
             attention,
             weights.required(layer.post_norm),
@@ -159,7 +144,8 @@ class NativeTrunk:
         counts_B = [width] * batch if valid_BT is None else valid_BT.sum(1).tolist()
         step = self._step(state.cache, counts_B)
         shown_BT = _shown(batch, width, valid_BT, every)
-        logits_BTV = np.zeros((batch, width if every else 1, self._head.rows), np.float32)
+        make = np.empty if shown_BT.all() else np.zeros
+        logits_BTV = make((batch, width if every else 1, self._head.rows), np.float32)
         if len(token_N):
             normed_ND = self._run(token_N, step)
             rows_ND = normed_ND if every else normed_ND[np.cumsum(counts_B)[shown_BT[:, -1]] - 1]
@@ -194,30 +180,56 @@ class NativeTrunk:
         if decoder.embedding_scale != 1.0:
             x_ND *= np.float32(decoder.embedding_scale)
         normed_ND, y_ND = step.scratch.take("normed", rows, width), step.scratch.take("y", rows, width)
-        following = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
         rms_norm(x_ND, self._layers[0].input_norm, decoder.eps, out_TD=normed_ND)
-        for index, (layer, norm) in enumerate(zip(self._layers, following, strict=True)):
+        for index, (layer, norm) in enumerate(zip(self._layers, self._following, strict=True)):
+            fast = self._steps[index]
+            if fast is not None and rows == len(step.sequences) == 1:
+                self._one_row(fast, index, x_ND, normed_ND, step, y_ND)
+                continue
             layer.attention(normed_ND, step, index, y_ND)
             add_rms_norm(x_ND, y_ND, layer.post_norm, decoder.eps, scale=decoder.residual_scale, out_TD=normed_ND)
             added_ND = self._feed_forward(layer, normed_ND, step, y_ND)
             add_rms_norm(x_ND, added_ND, norm, decoder.eps, scale=decoder.residual_scale, out_TD=normed_ND)
         return normed_ND
 
-    def _feed_forward(self, layer: _Layer, x_ND: np.ndarray, step: Step, out_ND: np.ndarray) -> np.ndarray:
+    def _feed_forward(self, layer: NativeLayer, x_ND: np.ndarray, step: Step, out_ND: np.ndarray) -> np.ndarray:
         """The dense MLP, or routed experts and what every token passes. The seam's own result is left as it is."""
         router = layer.router
         if router is None:
             self._dense(layer, x_ND, step, out_ND)
             return out_ND
         logits_NE = router.logits(x_ND, step.scratch.take("logits", len(x_ND), router.weight.rows), step.threads)
-        ids_NK, weights_NK = route(logits_NE, router.facts, router.choice)
+        return self._routed(layer, x_ND, *route(logits_NE, router.facts, router.choice), step, out_ND)
+
+    def _routed(
+        self, layer: NativeLayer, x_ND: np.ndarray, ids_NK: np.ndarray, weights_NK: np.ndarray, step: Step, out_ND: np.ndarray
+    ) -> np.ndarray:
+        """The chosen experts by the seam, and what every token passes."""
+        assert layer.router is not None
+        ordinal = layer.router.facts.ordinal
         if layer.mlp is None:
-            return self.seam(router.facts.ordinal, x_ND, ids_NK, weights_NK, None)
+            return self.seam(ordinal, x_ND, ids_NK, weights_NK, None)
         meanwhile = partial(self._dense, layer, x_ND, step, out_ND)
-        out_ND += self.seam(router.facts.ordinal, x_ND, ids_NK, weights_NK, None, meanwhile)
+        out_ND += self.seam(ordinal, x_ND, ids_NK, weights_NK, None, meanwhile)
         return out_ND
 
-    def _dense(self, layer: _Layer, x_ND: np.ndarray, step: Step, out_ND: np.ndarray) -> None:
+    def _one_row(
+        self, fast: LayerStep, index: int, x_1D: np.ndarray, normed_1D: np.ndarray, step: Step, y_1D: np.ndarray
+    ) -> None:
+        """One layer of a single row in two native calls, if its experts are in memory; the bits of the general way."""
+        layer, cache, decoder = self._layers[index], step.sequences[0][0], self.decoder
+        assert self.resident is not None
+        slots = 0 if layer.router is None else layer.router.facts.top_k
+        ids_1K, weights_1K = np.empty((1, slots), np.int64), np.empty((1, slots), np.float32)
+        fast.before_experts(x_1D, normed_1D, *cache.place(index), step.cos_NR, step.sin_NR, ids_1K, weights_1K, step.threads)
+        views = [] if layer.router is None else self.resident(layer.router.facts.ordinal, normed_1D, ids_1K, weights_1K)
+        if views is not None:
+            fast.after_choice(x_1D, normed_1D, views, weights_1K, step.threads)
+            return
+        added_1D = self._routed(layer, normed_1D, ids_1K, weights_1K, step, y_1D)
+        add_rms_norm(x_1D, added_1D, self._following[index], decoder.eps, scale=decoder.residual_scale, out_TD=normed_1D)
+
+    def _dense(self, layer: NativeLayer, x_ND: np.ndarray, step: Step, out_ND: np.ndarray) -> None:
         """out_ND: the MLP that every row passes, times its gate if it has one."""
         assert layer.mlp is not None
         rows = len(x_ND)

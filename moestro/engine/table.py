@@ -264,6 +264,27 @@ class SlotTable:
             for part in held:
                 self.release(part)
 
+    def use(self, keys: Sequence[ExpertKey], moment: Moment) -> Sequence[tuple[ExpertKey, int]] | None:
+        """A demand of distinct `keys`, all resident, counted and told to the policy as by `waves`, but without a lease: they stay until the
+        next demand. Returns the wrong guesses that have left; None when the keys do not fit together, and then nothing has happened.
+        """
+        pinned, waiting = self.pinned, self._waiting
+        loose = [key for key in keys if key not in pinned] if pinned else keys
+        if len(loose) > self.room(moment.layer):
+            return None
+        withdrawn = self._withdraw(keys, moment) if waiting else ()
+        self._current = keys
+        counts, policy = self._counts[moment.prefill][moment.layer], self._pools[moment.layer].policy
+        counts.demands += len(keys)
+        counts.hits += len(keys)
+        for key in keys if waiting else ():
+            if key in waiting:
+                del waiting[key]
+                counts.prefetch_used += 1
+        for key in loose:
+            policy.touch(key, moment)
+        return withdrawn
+
     def release(self, keys: Iterable[ExpertKey]) -> None:
         """End one lease of each key."""
         leases, pinned = self._leases, self.pinned

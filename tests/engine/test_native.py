@@ -78,7 +78,8 @@ class NativeEngine(Engine):
     """An engine with the native trunk."""
 
     def _load_trunk(self) -> Trunk:
-        return NativeTrunk(self.checkpoint, self.layout, self._seam, self.plan.dtype, threads=self.threads)
+        options = {"threads": self.threads, "resident": self._resident}
+        return NativeTrunk(self.checkpoint, self.layout, self._seam, self.plan.dtype, **options)
 
 
 @pytest.fixture
@@ -396,7 +397,8 @@ from moestro.models.native import native_supported
 
 class NativeEngine(Engine):
     def _load_trunk(self):
-        return NativeTrunk(self.checkpoint, self.layout, self._seam, self.plan.dtype, threads=self.threads)
+        options = {"threads": self.threads, "resident": self._resident}
+        return NativeTrunk(self.checkpoint, self.layout, self._seam, self.plan.dtype, **options)
 
 checkpoint = Checkpoint.open(sys.argv[1])
 layout = describe(checkpoint)

@@ -86,6 +86,7 @@ NB_MODULE(_native, m) {
 
     bind_trunk(m);
     bind_routing(m);
+    bind_step(m);
 
     using Request = std::tuple<int64_t, int64_t, int64_t, Address>;
     nb::class_<Queue>(m, "Queue")

@@ -1,4 +1,4 @@
-// IEEE half precision in portable code.
+// IEEE half precision and bfloat16 in portable code.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -34,6 +34,13 @@ inline uint16_t to_half(float value) {  // nearest, ties to even
     if (rest < 0x38800000u)  // a multiple of 2^-24
         return sign | static_cast<uint16_t>(std::nearbyintf(std::fabs(value) * 0x1p24f));
     return sign | static_cast<uint16_t>((rest - 0x38000000u + 0xfffu + (rest >> 13 & 1u)) >> 13);
+}
+
+inline uint16_t to_bf16_bits(float value) {  // nearest, ties to even; not-a-number stays one
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if (std::isnan(value)) return static_cast<uint16_t>(bits >> 16 | 0x40u);
+    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
 }  // namespace moestro

@@ -1,11 +1,9 @@
 // Routing, experts, sums and cached keys for Python: small arrays, so that what a call costs beside its work counts. Everything is checked here.
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <optional>
 
-#include "half.hpp"
 #include "kernels.hpp"
+#include "step.hpp"
 #include "trunk_bindings.hpp"
 #include "view.hpp"
 
@@ -109,13 +107,6 @@ void call_ffn(nb::handle x_object, nb::handle rows_object, nb::handle starts_obj
     if (pairs) grouped_ffn(call);
 }
 
-uint16_t to_bf16_bits(float value) {  // nearest, ties to even; not-a-number stays one
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    if (std::isnan(value)) return static_cast<uint16_t>(bits >> 16 | 0x40u);
-    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
 // room[k, at + t, d] = rows[t, k, d], rounded to the room's format.
 void put(nb::handle room_object, nb::handle rows_object, int64_t at) {
     const View room(room_object, "room", true), rows(rows_object, "rows");
@@ -132,15 +123,7 @@ void put(nb::handle room_object, nb::handle rows_object, int64_t at) {
         for (int64_t k = 0; k < heads; ++k) {
             const auto* from = reinterpret_cast<const float*>(rows.data<const char>() + t * rows.stride(0) + k * rows.stride(1));
             char* to = room.data<char>() + k * room.stride(0) + (at + t) * room.stride(1);
-            if (type == 'f') {
-                std::memcpy(to, from, static_cast<size_t>(width) * 4);
-                continue;
-            }
-            auto* bits = reinterpret_cast<uint16_t*>(to);
-            if (type == 'e')
-                for (int64_t d = 0; d < width; ++d) bits[d] = to_half(from[d]);
-            else
-                for (int64_t d = 0; d < width; ++d) bits[d] = to_bf16_bits(from[d]);
+            store_row(from, width, type == 'f' ? Format::f32 : type == 'e' ? Format::f16 : Format::bf16, to);
         }
 }
 

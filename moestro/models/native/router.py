@@ -28,7 +28,7 @@ def route(logits_TE: np.ndarray, layer: LayerFacts, choice_E: np.ndarray | None 
         if wanted_TE is not scores_TE:
             weights_TK = scores_TE[np.arange(len(ids_TK))[:, None], ids_TK]
         if facts.renormalised:
-            weights_TK /= weights_TK.sum(axis=1, keepdims=True) + np.float32(1e-20)
+            weights_TK /= np.cumsum(weights_TK, axis=1)[:, -1:] + np.float32(1e-20)  # in slot order, as native code adds
     if facts.scale != 1.0:
         weights_TK *= np.float32(facts.scale)
     return ids_TK, weights_TK
