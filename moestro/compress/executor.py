@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from moestro.compress.encoding import Encoder
+from moestro.compress.encoding import Encoder, plain
 from moestro.compress.record import write_record
 from moestro.compress.slots import build, mixed_rows
 from moestro.core.errors import CoverageError, InputError, PlanError, StorageError
@@ -55,10 +55,13 @@ def compress(
     out: str | Path,
     *,
     encoder: Encoder | None = None,
+    form: type[Job] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Compressed:
     """Write the checkpoint that `plan` describes into the folder `out`. encoder: carries out the plan's encodings.
+
+    form: how the result is written; plain numbers in the original's own form by default.
 
     Raises PlanError when the plan is of another model, CoverageError for tensors that would be lost and are not named,
     UnsupportedModel when the family cannot hold the result, CheckpointError, StorageError; all that can be known before, before.
@@ -67,14 +70,19 @@ def compress(
     config, lost = prepare(plan, checkpoint, layout)
     if out.resolve() == checkpoint.path.resolve():
         raise InputError(f"{out} is the checkpoint being read", fix="choose another output folder")
-    job = Job(plan, checkpoint, layout, encoder or Encoder(plan, layout.facts))
+    job = (form or Job)(plan, checkpoint, layout, encoder or Encoder(plan, layout.facts))
+    config = job.configured(config)
     routers = {name: la for la in plan.layers for name in router_tensors(checkpoint, layout, la.ordinal)}
     by_index = {layout.facts.layers[la.ordinal].index: la for la in plan.layers}
     largest = max(la.num_experts * la.expert_bytes for la in layout.facts.layers)
     _room(out, layout.facts.trunk_bytes + len(plan.layers) * job.layer_bytes)
     key = hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()
     with CheckpointWriter(
-        out, config, shard_bytes=max(largest, _SMALLEST_SHARD), overwrite=overwrite, resume_key=f"{checkpoint.fingerprint} {key}"
+        out,
+        config,
+        shard_bytes=max(largest, _SMALLEST_SHARD),
+        overwrite=overwrite,
+        resume_key=f"{checkpoint.fingerprint} {key} {type(job).__name__}",
     ) as writer:
         waiting, done = dict(by_index), 0
         for name in sorted((n for n in checkpoint.tensors if not job.is_expert(n) and n not in lost), key=_place):
@@ -88,7 +96,7 @@ def compress(
             if (change := routers.get(name)) is not None:
                 writer.add(name, *job.router(name, change))
             elif name in plan.tensors:
-                writer.add(name, *job.encoded(name, plan.tensors[name]))
+                job.write_tensor(name, plan.tensors[name], writer)
             else:
                 writer.copy(name, checkpoint)
         assert not waiting, "every decoder layer has norms"
@@ -134,6 +142,10 @@ class Job:
         self._names = {(ref.file, ref.offset): name for name, ref in checkpoint.tensors.items()}
         self._experts = set(checkpoint.tensors) - set(layout.trunk) - set(layout.ignored)
         self._width = plan.width(layout.facts)
+
+    def configured(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The new config.json with what the form adds to it; everything that can be wrong with the form is found here."""
+        return config
 
     def is_expert(self, name: str) -> bool:
         return name in self._experts
@@ -191,10 +203,13 @@ class Job:
 
             writer.stream(name, part.dtype, (len(change.routed), *shape), pieces())
 
+    def reader(self, ordinal: int) -> Callable[[int], ExpertWeights]:
+        """Gives the old experts of a layer."""
+        return partial(_read, self.checkpoint, self.layout, ordinal)
+
     def make(self, ordinal: int, slot: Slot, parts: tuple[Part, ...]) -> list[np.ndarray]:
         """A slot's arrays, one for each part, as the file stores them."""
-        read = partial(_read, self.checkpoint, self.layout, ordinal)
-        weights = self.encoder.expert(ordinal, slot, build(slot, read, self._width))
+        weights = self.encoder.expert(ordinal, slot, build(slot, self.reader(ordinal), self._width))
         return [to_part(weights, part) for part in parts]
 
     def router(self, name: str, change: LayerChange) -> tuple[np.ndarray, str]:
@@ -205,14 +220,19 @@ class Job:
         new = np.moveaxis(mixed_rows(old, change.routed), 0, axis)
         return stored(np.ascontiguousarray(new), ref.dtype), ref.dtype
 
-    def encoded(self, name: str, numbers: tuple[int, ...]) -> tuple[np.ndarray, str]:
-        """A trunk tensor after its encodings, and its dtype."""
+    def write_tensor(self, name: str, numbers: tuple[int, ...], writer: CheckpointWriter) -> None:
+        """A trunk tensor after its encodings."""
+        made, dtype = self.encoder.matrix(name, numbers, self.floats(name)), self.checkpoint.tensors[name].dtype
+        writer.add(name, stored(plain(made), dtype), dtype)
+
+    def floats(self, name: str) -> np.ndarray:
+        """A trunk matrix in float32."""
         ref = self.checkpoint.tensors[name]
         if ref.dtype not in FLOATS or len(ref.shape) != 2:
             raise PlanError(
                 f"{name} is {ref.dtype} {list(ref.shape)}", expected="a matrix of floats", fix="take it out of the plan"
             )
-        return stored(self.encoder.matrix(name, numbers, floats(self.checkpoint.read(name), ref.dtype)), ref.dtype), ref.dtype
+        return floats(self.checkpoint.read(name), ref.dtype)
 
 
 def _read(checkpoint: Checkpoint, layout: Layout, ordinal: int, expert: int) -> ExpertWeights:

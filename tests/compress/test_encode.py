@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from moestro.compress.encode.d2moe import d2moe
-from moestro.compress.encode.gptq import factor, gptq, rounded
+from moestro.compress.encode.gptq import gptq, rounded
 from moestro.compress.encode.grids import Grid, Range, by_groups, grid_of
 from moestro.compress.encode.hqq import hqq
-from moestro.compress.encode.inputs import Inputs, expert_inputs
+from moestro.compress.encode.inputs import Inputs, expert_inputs, factor
 from moestro.compress.encode.rtn import rtn
 from moestro.compress.encode.ternary import ternary
 from moestro.core.errors import CheckpointError, InputError
@@ -74,7 +74,7 @@ def test_rounding_is_within_half_a_level(w_RC):
 
 def test_ternary_is_the_best_of_all_choices():
     w_RC = np.random.default_rng(5).standard_normal((8, 32)).astype(np.float32)
-    made = ternary(w_RC, group=32).dequantise()
+    made = ternary(w_RC, codec="nested:32/2").dequantise()
     for row, found in zip(w_RC, made, strict=True):
         assert len(np.unique(np.abs(found[found != 0]))) == 1
         order = np.argsort(-np.abs(row))

@@ -31,27 +31,7 @@ def gptq(w_RC: np.ndarray, inputs: Inputs | None = None, *, codec: str = "int4:6
     if inputs is None:
         raise InputError("GPTQ needs what the matrix is multiplied with", fix="use encode.hqq or encode.rtn, or give a profile")
     grid = grid_of(codec)
-    return grid.lay(*rounded(w_RC, factor(inputs.moment_CC, damp), grid))
-
-
-def factor(moment_CC: np.ndarray, damp: float) -> np.ndarray:
-    """U_CC, float32 and upper, with U^T U the inverse of the damped moment. Inputs that are always 0 stand alone."""
-    from scipy.linalg import get_lapack_funcs
-
-    if not damp > 0:
-        raise InputError(f"the damping is {damp}", expected="a number above 0", fix="use 0.01")
-    diagonal_C = np.diag(moment_CC)
-    if not np.isfinite(moment_CC).all() or (diagonal_C < 0).any():
-        raise InputError("the second moments of a matrix's inputs are not finite sums of squares", fix="profile again")
-    mean = float(diagonal_C.mean()) or 1.0
-    damped_CC = moment_CC[::-1, ::-1].copy()  # M upper with M M^T = H is the flipped lower factor of the flipped H
-    damped_CC.reshape(-1)[:: len(damped_CC) + 1] += np.where(diagonal_C[::-1] == 0, mean, damp * mean)
-    potrf, trtri = get_lapack_funcs(("potrf", "trtri"), (damped_CC,))
-    lower_CC, wrong = potrf(damped_CC, lower=1, clean=1, overwrite_a=1)
-    if wrong:
-        raise InputError("the second moments of a matrix's inputs are not positive", fix="raise --damp, or profile more text")
-    upper_CC, _ = trtri(np.ascontiguousarray(lower_CC[::-1, ::-1]), lower=0)  # U = M^-1
-    return np.triu(upper_CC).astype(np.float32)
+    return grid.lay(*rounded(w_RC, inputs.factor(damp), grid))
 
 
 def rounded(w_RC: np.ndarray, upper_CC: np.ndarray, grid: Grid) -> tuple[np.ndarray, Range]:

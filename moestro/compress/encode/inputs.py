@@ -6,10 +6,11 @@ Shapes: n tokens, C inputs of the matrix, D model width, F expert width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from moestro.core.errors import InputError
 from moestro.core.experts import ExpertSpec, ExpertWeights
 from moestro.kernels.ffn import activate
 
@@ -26,11 +27,18 @@ class Inputs:
     moment_CC: np.ndarray
     tokens: int
     borrowed: float = 0.0
+    _factors: dict[float, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, x_nC: np.ndarray) -> Inputs:
         """From the inputs themselves."""
         return cls(_moment(x_nC), len(x_nC))
+
+    def factor(self, damp: float) -> np.ndarray:
+        """See `factor`; kept, as matrices that are multiplied with the same inputs ask for it in turn."""
+        if damp not in self._factors:
+            self._factors[damp] = factor(self.moment_CC, damp)
+        return self._factors[damp]
 
 
 def expert_inputs(
@@ -67,3 +75,23 @@ def hidden(x_nD: np.ndarray, weights: ExpertWeights, spec: ExpertSpec) -> np.nda
 def _moment(x_nC: np.ndarray) -> np.ndarray:
     x_nC = x_nC.astype(np.float32, copy=False)
     return (x_nC.T @ x_nC).astype(np.float64) / max(1, len(x_nC))
+
+
+def factor(moment_CC: np.ndarray, damp: float) -> np.ndarray:
+    """U_CC, float32 and upper, with U^T U the inverse of the damped moment. Inputs that are always 0 stand alone."""
+    from scipy.linalg import get_lapack_funcs
+
+    if not damp > 0:
+        raise InputError(f"the damping is {damp}", expected="a number above 0", fix="use 0.01")
+    diagonal_C = np.diag(moment_CC)
+    if not np.isfinite(moment_CC).all() or (diagonal_C < 0).any():
+        raise InputError("the second moments of a matrix's inputs are not finite sums of squares", fix="profile again")
+    mean = float(diagonal_C.mean()) or 1.0
+    damped_CC = moment_CC[::-1, ::-1].copy()  # M upper with M M^T = H is the flipped lower factor of the flipped H
+    damped_CC.reshape(-1)[:: len(damped_CC) + 1] += np.where(diagonal_C[::-1] == 0, mean, damp * mean)
+    potrf, trtri = get_lapack_funcs(("potrf", "trtri"), (damped_CC,))
+    lower_CC, wrong = potrf(damped_CC, lower=1, clean=1, overwrite_a=1)
+    if wrong:
+        raise InputError("the second moments of a matrix's inputs are not positive", fix="raise --damp, or profile more text")
+    upper_CC, _ = trtri(np.ascontiguousarray(lower_CC[::-1, ::-1]), lower=0)  # U = M^-1
+    return np.triu(upper_CC).astype(np.float32)

@@ -17,15 +17,21 @@ import numpy as np
 
 from moestro.compress.encode.grids import by_groups
 from moestro.compress.encode.inputs import Inputs
+from moestro.core.errors import InputError
 from moestro.core.method import method
 from moestro.kernels.packed import Packed, assemble
+from moestro.models.codecs.encode import parse_codec
 
 _MIDDLE = 64  # the zero of the tiles is in 64ths of the scale: the code 1 stands for 0
 
 
 @method("compress.encode.ternary", kind="encode", fidelity="adapted", paper="1605.04711")
-def ternary(w_RC: np.ndarray, inputs: Inputs | None = None, *, group: int = 64) -> Packed:
-    """inputs are not used: the same bytes with and without."""
+def ternary(w_RC: np.ndarray, inputs: Inputs | None = None, *, codec: str = "nested:64/2") -> Packed:
+    """inputs are not used: the same bytes with and without. Raises InputError for a codec that is not nested:G/2."""
+    made = parse_codec(codec)
+    if made.format != "nested" or made.planes != 2:
+        raise InputError(f"ternary weights are not kept as {codec}", expected="nested:G/2")
+    group = made.group
     w_NG = by_groups(np.ascontiguousarray(w_RC, np.float32), group)
     size_NG = np.abs(w_NG)
     falling_NG = -np.sort(-size_NG, axis=1)

@@ -1,0 +1,82 @@
+"""What a layer's matrices are multiplied with, from the tokens that the probe `inputs` kept.
+
+Shapes: n tokens, D model width, K slots, E experts, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from moestro.compress.encode.inputs import PRIOR, Inputs, expert_inputs
+from moestro.core.errors import ProfileError
+from moestro.core.experts import ExpertKey, ExpertWeights
+from moestro.core.layer import ModelFacts
+from moestro.core.plans.compression import Slot
+from moestro.profile.profile import Profile
+
+RARE = 32  # an expert that saw fewer of the kept tokens is named
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInputs:
+    """The kept tokens of one layer. x_nD, weights_nK: float32; experts_nK: -1 in empty slots."""
+
+    x_nD: np.ndarray
+    experts_nK: np.ndarray
+    weights_nK: np.ndarray
+
+    def own(self, experts: tuple[int, ...]) -> np.ndarray:
+        """Rows of the tokens that were routed to any of these experts."""
+        return np.flatnonzero(np.isin(self.experts_nK, experts).any(1))
+
+    def weight(self, expert: int) -> np.ndarray:
+        """The combine weight of one expert on its own tokens."""
+        hit_nK = self.experts_nK == expert
+        return np.where(hit_nK, self.weights_nK, 0).sum(1)[hit_nK.any(1)]
+
+
+class Calibration:
+    """Gives each slot's matrices their `Inputs`. A callable, as `compress.encoding.Encoder` wants it.
+
+    prior: see `expert_inputs`. Raises ProfileError when the profile is of another model or kept no inputs.
+    """
+
+    def __init__(self, profile: Profile, facts: ModelFacts, *, prior: int = PRIOR) -> None:
+        profile.check_model(facts.fingerprint)
+        self.facts, self.prior = facts, prior
+        self._arrays = tuple(profile.need("inputs", f"kept_{name}") for name in ("x_LND", "experts_LNK", "weights_LNK"))
+        self._layer: tuple[int, LayerInputs, np.ndarray] | None = None
+
+    def layer(self, ordinal: int) -> LayerInputs:
+        """What is known of one layer; the last one asked for is kept."""
+        if self._layer is None or self._layer[0] != ordinal:
+            x_nD, experts_nK, weights_nK = (array[ordinal] for array in self._arrays)
+            filled_n = np.flatnonzero(experts_nK.any(1))
+            if not len(filled_n):
+                raise ProfileError(
+                    f"the profile kept no inputs of MoE layer {ordinal}", fix="profile more text with --probe inputs"
+                )
+            found = LayerInputs(
+                x_nD[filled_n].view(np.float16).astype(np.float32),
+                experts_nK[filled_n].astype(np.int64) - 1,
+                weights_nK[filled_n].view(np.float16).astype(np.float32),
+            )
+            self._layer = ordinal, found, Inputs.of(found.x_nD).moment_CC
+        return self._layer[1]
+
+    def __call__(self, ordinal: int, slot: Slot, weights: ExpertWeights) -> Mapping[str, Inputs]:
+        seen = self.layer(ordinal)
+        assert self._layer is not None
+        spec = self.facts.layers[ordinal].spec
+        return expert_inputs(seen.x_nD, seen.own(slot.sources), weights, spec, layer_DD=self._layer[2], prior=self.prior)
+
+    def rare(self) -> dict[ExpertKey, int]:
+        """Experts that saw fewer than RARE of the kept tokens, and how many: their fit leans on the whole layer's inputs."""
+        out = {}
+        for la in self.facts.layers:
+            counts_E = np.bincount(self._arrays[1][la.ordinal].reshape(-1), minlength=la.num_experts + 1)[1:]
+            out |= {ExpertKey(la.ordinal, e): int(n) for e, n in enumerate(counts_E[: la.num_experts]) if n < RARE}
+        return out

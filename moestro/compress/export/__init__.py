@@ -1,0 +1,1 @@
+"""Writing compressed models in the forms that others read."""

@@ -1,0 +1,115 @@
+"""The result of a plan as a coded checkpoint: every encoded matrix in the tiles that the kernels run, one expert after another.
+
+What the kernels take in one call is coded together or not at all: the experts of a layer, and the trunk's matrices but embedding and
+head. Expert tensors are written one by one, however the original keeps them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from moestro.compress.encoding import MATRICES
+from moestro.compress.executor import Job, stored
+from moestro.compress.slots import build
+from moestro.compress.trunk import trunk_matrices
+from moestro.core.errors import PlanError
+from moestro.core.experts import ExpertKey
+from moestro.core.plans.compression import STORED, LayerChange
+from moestro.kernels.packed import Packed
+from moestro.models.codecs.coded import bytes_of, codec_of, coded_bytes, describe
+from moestro.models.codecs.encode import check_fit, parse_codec
+from moestro.models.writer import CheckpointWriter
+
+BIASES = {"gate": "gate_F", "up": "up_F", "down": "down_D"}
+_EXPERTS = re.compile(r"(?:(?<=\.)|^)(?:experts\.|input_linear\.|output_linear\.).*")
+
+
+class CodedJob(Job):
+    """Writes tiles where the plan's last encoding has a codec."""
+
+    def configured(self, config: dict[str, Any]) -> dict[str, Any]:
+        """config.json with the place of every tile. Raises PlanError, and InputError for codecs that do not fit the shapes."""
+        coded: dict[str, tuple[str, tuple[int, int]]] = {}
+        for change in self.plan.layers:
+            codecs = [self._codec(slot.encodings) for slot in change.slots]
+            if len({codec == STORED for codec in codecs}) > 1:
+                raise PlanError(
+                    f"some experts of layer {change.ordinal} have a codec and others have none",
+                    expected="all of them or none: the kernels take a layer's experts in one call",
+                )
+            for number, row in enumerate(change.routed):
+                if (codec := codecs[row.slot]) != STORED:
+                    names = self.names(change.ordinal, number)
+                    coded |= {names[role]: (codec, shape) for role, shape in self._shapes(change.ordinal).items()}
+        for name, numbers in self.plan.tensors.items():
+            if (codec := self._codec(numbers)) != STORED:
+                rows, cols = self.checkpoint.ref(name).shape
+                coded[name] = codec, (rows, cols)
+        for name, (codec, shape) in coded.items():
+            check_fit(parse_codec(codec), shape[1], f"{name} has rows")
+        self._together({name for name in coded if name in self.plan.tensors})
+        used = dict.fromkeys((e.method.removeprefix("compress."), e.codec) for e in self.plan.encodings if e.codec != STORED)
+        changes = [f"weights are kept as {codec} ({method})" for method, codec in used]
+        return {k: v for k, v in config.items() if k != "quantization_config"} | {"quantization_config": describe(coded, changes)}
+
+    def names(self, ordinal: int, expert: int) -> dict[str, str]:
+        """The tensors of one expert, by role: as the original calls them, or what it would call them one by one."""
+        parts = self.layout.parts(ExpertKey(ordinal, 0))
+        given = {part.role: self._names[part.file, part.offset] for part in parts}
+        if "gate_up" not in given and all(".0." in name for name in given.values()):
+            return {r: re.sub(r"(experts\.)0\.", rf"\g<1>{expert}.", name) for r, name in given.items() if r in MATRICES}
+        base = _EXPERTS.sub("experts.", next(iter(given.values())))
+        roles = MATRICES if self.layout.facts.layers[ordinal].spec.gated else ("up", "down")
+        return {role: f"{base}{expert}.{role}_proj.weight" for role in roles}
+
+    def write_layer(self, change: LayerChange, writer: CheckpointWriter) -> None:
+        if self._codec(change.slots[0].encodings) == STORED:
+            super().write_layer(change, writer)
+            return
+        for number, slot in enumerate(change.slots):
+            targets = [self.names(change.ordinal, i) for i, row in enumerate(change.routed) if row.slot == number]
+            if all(name in writer for names in targets for name in names.values()):
+                continue
+            weights = build(slot, self.reader(change.ordinal), self._width)
+            made = self.encoder.tiles(change.ordinal, slot, weights)
+            dtype = next((p.dtype for p in self.layout.parts(ExpertKey(change.ordinal, 0)) if p.role.endswith("_bias")), "F32")
+            for names in targets:
+                for role, name in names.items():
+                    self._put(writer, name, made[role], self._codec(slot.encodings))
+                for role, field in BIASES.items():
+                    if (bias := getattr(weights, field)) is not None:
+                        writer.add(names[role].removesuffix("weight") + "bias", stored(bias, dtype), dtype)
+
+    def write_tensor(self, name: str, numbers: tuple[int, ...], writer: CheckpointWriter) -> None:
+        codec = self._codec(numbers)
+        if codec == STORED:
+            super().write_tensor(name, numbers, writer)
+        else:
+            self._put(writer, name, self.encoder.matrix(name, numbers, self.floats(name)), codec)
+
+    def _put(self, writer: CheckpointWriter, name: str, matrix: np.ndarray | Packed, codec: str) -> None:
+        if not isinstance(matrix, Packed) or codec_of(matrix).name != codec:
+            kind = codec_of(matrix).name if isinstance(matrix, Packed) else "plain numbers"
+            raise PlanError(f"{name} came out as {kind}", expected=codec, fix="let the plan name the codec that its method makes")
+        writer.stream(name, "U8", (coded_bytes(codec, matrix.shape),), bytes_of(matrix))
+
+    def _codec(self, numbers: tuple[int, ...]) -> str:
+        """Of the last encoding."""
+        return parse_codec(self.plan.encodings[numbers[-1]].codec).name if numbers else STORED
+
+    def _shapes(self, ordinal: int) -> dict[str, tuple[int, int]]:
+        spec = self.layout.facts.layers[ordinal].spec
+        inner = dict.fromkeys(("gate", "up") if spec.gated else ("up",), (self._width, spec.d_model))
+        return inner | {"down": (spec.d_model, self._width)}
+
+    def _together(self, coded: set[str]) -> None:
+        found = trunk_matrices(self.checkpoint, self.layout)
+        inner = found.inner
+        if (some := coded & set(inner)) and (others := [n for n in inner if n not in coded]):
+            raise PlanError(
+                f"{sorted(some)[0]} has a codec and {others[0]} has none",
+                expected="all of the trunk's matrices but embedding and head, or none",
+            )
