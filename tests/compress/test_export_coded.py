@@ -41,7 +41,7 @@ def wide(tmp_path_factory):
     def get(family, layout=None):
         if (family, layout) not in made:
             folder = tmp_path_factory.mktemp(family) / "model"
-            save_tiny(family, folder, layout, "float32", **WIDE)
+            save_tiny(family, folder, layout, **WIDE)
             checkpoint = Checkpoint.open(folder)
             made[family, layout] = Saved(folder, checkpoint, describe(checkpoint))
         return made[family, layout]
