@@ -66,8 +66,7 @@ def test_sizes_are_equal_where_nothing_is_said(work):
         config = c.config(shape, replace(data, length=shape.length), tokens.vocabulary, 0)
         sizes[c.name] = sum(p.numel() for p in build(config.model).parameters())
     far = {name for name, size in sizes.items() if abs(size / sizes[BASELINE] - 1) > arena_summary.NEAR}
-    assert far == {"dense, equal active", "prototypes", "HoME", "Hecto", "Monet"} or far <= {
-        "dense, equal active", "prototypes", "HoME", "Hecto", "Monet", "PEER", "UltraMemV2"}  # fmt: skip
+    assert far == {"dense, equal active", "prototypes", "HoME", "Hecto"}
 
 
 def test_an_arena_stops_and_goes_on(work, capsys):
@@ -80,7 +79,7 @@ def test_an_arena_stops_and_goes_on(work, capsys):
     base = rows[BASELINE]
     assert base["difference"]["mean"] == 0 and base["active"] == 2 and base["equal_size"] and base["sizes"] == [1, 1]
     assert rows["hash"]["churn"] == 0 and rows["hash"]["active"] == 1
-    assert rows["hash"]["information"] > 0.3  # each letter belongs to one domain
+    assert rows["hash"]["information"] > 0.05  # each letter belongs to one domain, each expert has four letters
     assert rows["top-p"]["multiply_adds"] > base["multiply_adds"] and not rows["top-p"]["equal_size"]
     assert "active" not in rows["dense, equal active"] and rows["dense, equal active"]["parameters"] < base["parameters"]
     assert {len(r["seeds"]) for r in rows.values()} == {2} and report["summary"]["noise"]["margin"] > 0
@@ -92,13 +91,12 @@ def test_an_arena_stops_and_goes_on(work, capsys):
 
 
 def test_every_contender_trains_and_is_read(work):
-    report = arena(work, "--seeds", "0", "--set", *TINY[1:], "steps=5", "d_model=32")
-    broken = {name: cell["error"] for name, cell in report["cells"].items() if "error" in cell}
-    assert not broken and len(report["cells"]) == 2 * len(contenders(Shape()))
+    report = arena(work, "--seeds", "0", "--parts", "train", "--set", *TINY[1:], "steps=5", "d_model=32")
+    assert len(report["cells"]) == len(contenders(Shape()))
     for name, cell in report["cells"].items():
-        if not name.endswith("time"):
-            assert np.isfinite(cell["loss"]) and cell["multiply_adds"] > 0, name
-            assert "dense" in name or (0 <= cell["churn"] <= 1 and cell["maxvio"] >= 0 and -1 < cell["information"] <= 1), name
+        assert "error" not in cell, f"{name}: {cell['error']}"
+        assert np.isfinite(cell["loss"]) and cell["multiply_adds"] > 0, name
+        assert "dense" in name or (0 <= cell["churn"] <= 1 and cell["maxvio"] >= 0 and -1 < cell["information"] <= 1), name
 
 
 def test_training_that_breaks_is_a_result(work, monkeypatch):
