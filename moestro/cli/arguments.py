@@ -45,8 +45,8 @@ CodecChoice = Annotated[
     str | None,
     typer.Option(
         "--codec",
-        help="How a packed store keeps the experts: stored, f32, f16, bf16, mxfp4, or int8, int4, int3, int2 or nested with the weights per "
-        "scale, as in int4:32.",
+        help="How a packed store keeps the experts: stored, f32, f16, bf16, mxfp4, or int8, int4, uint4, int3, int2 or nested with the weights "
+        "per scale, as in int4:32.",
         show_default=False,
     ),
 ]
@@ -54,7 +54,7 @@ TrunkCodecChoice = Annotated[
     str | None,
     typer.Option(
         "--trunk-codec",
-        help="How the native trunk keeps its matrices: stored, mxfp4, or int8, int4, int3 or int2, as in int8:32.",
+        help="How the native trunk keeps its matrices: stored, mxfp4, or int8, int4, uint4, int3 or int2, as in int8:32.",
         show_default=False,
     ),
 ]

@@ -19,20 +19,29 @@ from moestro.kernels.convert import to_f32
 if TYPE_CHECKING:
     from moestro.kernels.packed import Packed
 
-FORMATS = ("f32", "f16", "bf16", "int8", "int4", "mxfp4")
+FORMATS = ("f32", "f16", "bf16", "int8", "int4", "mxfp4", "uint4")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_clamped")
 GROUPS = (32, 64, 128)
 MXFP4_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "uint16", "int8": "int8", "int4": "uint8", "mxfp4": "uint8"}
+_DTYPES = {
+    "f32": "float32",
+    "f16": "float16",
+    "bf16": "uint16",
+    "int8": "int8",
+    "int4": "uint8",
+    "mxfp4": "uint8",
+    "uint4": "uint8",
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Matrix:
     """One weight matrix [rows, cols], output rows first. Rows may lie at any stride and any alignment; a row is contiguous.
 
-    data: f32: float32; f16: float16; bf16: uint16 bit patterns; int8: int8; int4 and mxfp4: uint8 [rows, cols / 2], low nibble first.
-    scales: int8 and int4: float32 or float16 [rows, cols / group]; mxfp4: uint8 exponents with bias 127 [rows, cols / 32].
-    int4 is symmetric: (nibble - 8) * scale; int8: value * scale.
+    data: f32: float32; f16: float16; bf16: uint16 bit patterns; int8: int8; int4, uint4 and mxfp4: uint8 [rows, cols / 2], low nibble first.
+    scales: int8 and int4: float32 or float16 [rows, cols / group]; mxfp4: uint8 exponents with bias 127 [rows, cols / 32];
+    uint4: float16 [rows, cols / group, 2], a scale and a minimum.
+    int4 is symmetric: (nibble - 8) * scale; uint4: nibble * scale + minimum; int8: value * scale.
 
     Raises:
         ValueError: parts that do not fit one another.
@@ -50,14 +59,15 @@ class Matrix:
             raise ValueError(f"not a {self.format} matrix: {data.dtype} {data.shape}, strides {data.strides}")
         if self.format in ("f32", "f16", "bf16"):
             return
-        kinds = ("uint8",) if self.format == "mxfp4" else ("float32", "float16")
+        kinds = {"mxfp4": ("uint8",), "uint4": ("float16",)}.get(self.format, ("float32", "float16"))
         if self.format == "mxfp4" and self.group == 0:
             object.__setattr__(self, "group", 32)
         if self.group not in ((32,) if self.format == "mxfp4" else GROUPS) or self.cols % self.group:
             raise ValueError(f"{self.format} in groups of {self.group} cannot hold rows of {self.cols}")
-        if scales is None or scales.dtype.name not in kinds or scales.shape != (self.rows, self.cols // self.group):
+        shape = (self.rows, self.cols // self.group, *((2,) if self.format == "uint4" else ()))
+        if scales is None or scales.dtype.name not in kinds or scales.shape != shape:
             found = None if scales is None else f"{scales.dtype} {scales.shape}"
-            raise ValueError(f"{self.format} {self.shape} needs scales [{self.rows}, {self.cols // self.group}], found {found}")
+            raise ValueError(f"{self.format} {self.shape} needs scales {list(shape)}, found {found}")
         if not _contiguous_rows(scales):
             raise ValueError("a row of scales must be contiguous")
 
@@ -67,7 +77,7 @@ class Matrix:
 
     @property
     def cols(self) -> int:
-        return int(self.data.shape[1]) * (2 if self.format in ("int4", "mxfp4") else 1)
+        return int(self.data.shape[1]) * (2 if self.format in ("int4", "mxfp4", "uint4") else 1)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -88,17 +98,21 @@ class Matrix:
         else:
             nibbles = np.empty(self.shape, np.uint8)
             nibbles[:, 0::2], nibbles[:, 1::2] = self.data & 15, self.data >> 4
-            values = MXFP4_VALUES[nibbles] if self.format == "mxfp4" else nibbles.astype(np.float32) - 8
+            values = MXFP4_VALUES[nibbles] if self.format == "mxfp4" else nibbles.astype(np.float32)
+            if self.format == "int4":
+                values -= 8
         if self.format == "mxfp4":
             bits = self.scales.astype(np.uint32) << 23  # the exponent field of a float; its lowest value would be subnormal
             bits[self.scales == 0] = 0x00400000
             bits[self.scales == 255] = 0x7FC00000  # not-a-number in the MX standard
             scales = bits.view(np.float32)
         else:
-            scales = self.scales
+            scales = self.scales if self.scales.ndim == 2 else self.scales[..., 0]
         grouped = values.reshape(self.rows, self.cols // self.group, self.group)
         with np.errstate(over="ignore"):  # the largest scales reach infinity, as in native code
             grouped *= scales.astype(np.float32)[:, :, None]
+            if self.format == "uint4":
+                grouped += self.scales[..., 1:].astype(np.float32)
         return values
 
     def reference(self) -> Callable[[np.ndarray], np.ndarray]:
@@ -269,7 +283,7 @@ def activate(gate: np.ndarray | None, up: np.ndarray, activation: str, limit: fl
 
 
 def _contiguous_rows(array: np.ndarray) -> bool:
-    return array.size == 0 or array.shape[1] == 1 or array.strides[1] == array.itemsize
+    return array.size == 0 or bool(array[0].flags.c_contiguous)
 
 
 _ERF = np.vectorize(math.erf, otypes=[np.float64])

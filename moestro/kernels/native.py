@@ -7,7 +7,7 @@ import importlib
 import os
 from typing import Any
 
-LEVELS = ("numpy", "scalar", "neon", "avx2", "avx512")
+LEVELS = ("numpy", "scalar", "neon", "neondot", "avx2", "avxvnni", "avx512", "avx512vnni")
 
 
 @functools.cache
@@ -42,7 +42,7 @@ def available() -> bool:
 
 
 def level() -> str:
-    """'numpy', or the instruction set of the native kernels: 'scalar', 'neon', 'avx2' or 'avx512'."""
+    """'numpy', or the instruction set of the native kernels, one of LEVELS."""
     module = extension()
     return "numpy" if module is None else module.level()
 

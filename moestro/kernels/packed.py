@@ -1,14 +1,17 @@
 """Weights in few bits, laid out in tiles of 16 output rows that stream through memory once, for activations rounded to int8.
 
 Layout     Rows are padded to tiles of 16. A tile is a run of units, one per group of inputs: the 16 scales (float16; mxfp4: 8-bit
-           exponents; the base of nested also 16 zeros of 8 bits), then 32 inputs x 16 rows at a time, as words of 32 bits: first
-           the words of all 16 rows, then the next words. A word holds 4 inputs of one row, one per byte (int8); 8, the later 4 in
-           the high nibbles (int4, mxfp4); 16 (int2); or 32 single bits (the third bit of int3, the planes of nested).
-Values     int8: v s.   int4: (u - 8) s.   int3: (2 u - 7) s.   int2: (2 u - 3) s.   mxfp4: E2M1 value times 2^(e - 127).
+           exponents; the base of nested also 16 zeros of 8 bits, uint4 16 minimums of 16), then 32 inputs x 16 rows at a time, as
+           words of 32 bits: first the words of all 16 rows, then the next words. A word holds 4 inputs of one row, one per byte
+           (int8); 8, the later 4 in the high nibbles (int4, uint4, mxfp4); 16 (int2); or 32 single bits (the third bit of int3, the
+           planes of nested).
+Values     int8: v s.   int4: (u - 8) s.   uint4: u s + m.   int3: (2 u - 7) s.   int2: (2 u - 3) s.
+           mxfp4: E2M1 value times 2^(e - 127).
            nested: W2 = (u - z / 64) s, and every further plane W_k = W_(k-1) + (+-1) s_k (arXiv 2504.15299).
 Products   A row of activations is rounded once, per 32 inputs, to int8 with scale max |x| / 127. Each 32 products are summed as whole
-           numbers; then one multiply-add per plane with (weight scale x activation scale), block after block. So a row's bits do
-           not depend on its company or on threads, and numpy, scalar and vector code agree bit for bit.
+           numbers; then one multiply-add per plane with (weight scale x activation scale), block after block; the minimums of
+           uint4 are a plane of ones. So a row's bits do not depend on its company or on threads, and numpy, scalar and vector code
+           agree bit for bit.
 Error      of a gated FFN (silu, width 512, normal data) by rounding the activations alone: 0.9 % of its root mean square.
 """
 
@@ -22,17 +25,17 @@ import numpy as np
 
 from moestro.kernels import native
 from moestro.kernels.ffn import MXFP4_VALUES, Matrix
-from moestro.kernels.quantise import encode_int4, encode_int8, encode_mxfp4
+from moestro.kernels.quantise import encode_int4, encode_int8, encode_mxfp4, encode_uint4
 from moestro.kernels.reader import HUGE, aligned
 
-FORMATS = ("int8", "int4", "int3", "int2", "mxfp4", "nested")
+FORMATS = ("int8", "int4", "int3", "int2", "mxfp4", "nested", "uint4")
 GROUPS = (32, 64, 128)
 TILE = 16  # output rows
 BLOCK = 32  # inputs that share an activation scale
-_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "mxfp4": 4, "nested": 2}
+_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "mxfp4": 4, "nested": 2, "uint4": 4}
 _ZEROS = {"int4": 8, "int3": 7, "int2": 3}
 _ZERO_STEPS = 64  # a zero of nested is a whole number of 64ths
-_FIRST = 6  # the native code counts packed formats on from those of Matrix
+_FIRST = 7  # the native code counts packed formats on from those of Matrix
 _SHRINKS = tuple(np.float32(1) - np.float32(i) / np.float32(16) for i in range(11))  # tried sizes of a group's range
 
 
@@ -50,7 +53,7 @@ def part_sizes(rows: int, cols: int, format: str, group: int) -> tuple[int, ...]
             f"cannot pack {rows} x {cols} as {format} in groups of {group}; expected a group of {allowed} that divides the row"
         )
     units = -(-rows // TILE) * (cols // group)
-    head = {"mxfp4": 1, "nested": 3}.get(format, 2) * TILE
+    head = {"mxfp4": 1, "nested": 3, "uint4": 4}.get(format, 2) * TILE
     sizes = (units * (head + TILE * group * _BITS[format] // 8),)
     return sizes if format != "nested" else (*sizes, *(2 * (units * (2 * TILE + TILE * group // 8),)))
 
@@ -101,10 +104,11 @@ class Packed:
 
     @property
     def finite(self) -> bool:
-        """Whether all scales are numbers; codes always are."""
+        """Whether all scales and minimums are numbers; codes always are."""
         if self.format == "mxfp4":
             return not (_units(self, 0)[:, :, :TILE] == 255).any()
-        heads = (np.ascontiguousarray(_units(self, part)[:, :, : 2 * TILE]).view(np.float16) for part in range(len(self.parts)))
+        width = 4 * TILE if self.format == "uint4" else 2 * TILE  # minimums follow the scales
+        heads = (np.ascontiguousarray(_units(self, part)[:, :, :width]).view(np.float16) for part in range(len(self.parts)))
         return all(bool(np.isfinite(head).all()) for head in heads)
 
     def dequantise(self) -> np.ndarray:
@@ -144,13 +148,13 @@ class Packed:
 
 
 def pack(matrix: Matrix) -> Packed:
-    """The same values in tiles: int8 and int4 with scales that float16 holds, or mxfp4.
+    """The same values in tiles: int8 and int4 with scales that float16 holds, uint4 or mxfp4.
 
     Raises:
         ValueError: another format, or float32 scales that float16 cannot hold.
     """
-    if matrix.format not in ("int8", "int4", "mxfp4"):
-        raise ValueError(f"cannot pack a {matrix.format} matrix as it is; expected int8, int4 or mxfp4, or use quantise()")
+    if matrix.format not in ("int8", "int4", "uint4", "mxfp4"):
+        raise ValueError(f"cannot pack a {matrix.format} matrix as it is; expected int8, int4, uint4 or mxfp4, or use quantise()")
     assert matrix.scales is not None
     scales = matrix.scales
     if scales.dtype == np.float32:
@@ -165,7 +169,8 @@ def pack(matrix: Matrix) -> Packed:
         codes = matrix.data.view(np.uint8)
         if matrix.format != "int8":
             codes = np.stack([codes & 15, codes >> 4], -1)
-        _fill(made, codes.reshape(rows, cols), scales)
+        first, second = (scales, None) if scales.ndim == 2 else (scales[..., 0], scales[..., 1])
+        _fill(made, codes.reshape(rows, cols), first, second)
     else:
         data, scales = np.ascontiguousarray(matrix.data), np.ascontiguousarray(scales)
         module.pack_tiles(made.pack(), data.ctypes.data, scales.ctypes.data, native.cores())
@@ -175,7 +180,7 @@ def pack(matrix: Matrix) -> Packed:
 def quantise(w_RC: np.ndarray, format: str, group: int = 64) -> Packed:
     """Encode float32 weights. Scales are float16 (mxfp4: exponents).
 
-    int8, int4, mxfp4: the rules of `kernels.quantise`.
+    int8, int4, uint4, mxfp4: the rules of `kernels.quantise`.
     int3, int2: levels +-1, +-3 ... +-(2^bits - 1) times s; of eleven s, from max |w| / (2^bits - 1) down to 6/16 of it, the one of least
     squared error.
     nested (arXiv 2504.15299): the base has four levels between the group's least and largest weight (zero included), both
@@ -191,6 +196,8 @@ def quantise(w_RC: np.ndarray, format: str, group: int = 64) -> Packed:
     part_sizes(rows, cols, format, group)
     if format in ("int8", "int4"):
         return pack((encode_int8 if format == "int8" else encode_int4)(w_RC, group, scale_dtype="float16"))
+    if format == "uint4":
+        return pack(encode_uint4(w_RC, group))
     if format == "mxfp4":
         return pack(encode_mxfp4(w_RC))
     w_RC = np.ascontiguousarray(w_RC, np.float32)
@@ -256,7 +263,8 @@ def assemble(
     zeros_RB: np.ndarray | None = None,
     planes: list[tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> Packed:
-    """Tiles of codes that were chosen elsewhere: int3, int2, or nested with its zeros and two planes of (bits, scales).
+    """Tiles of codes that were chosen elsewhere: int3, int2, uint4 with its minimums, or nested with its zeros and two planes of
+    (bits, scales).
 
     Raises:
         ValueError: as `part_sizes`.
@@ -346,7 +354,7 @@ def _fill(
     zeros_RG: np.ndarray | None = None,
     planes: list[tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> None:
-    """Lay codes [rows, cols], scales and zeros [rows, groups] and further planes (bits, scales) into the parts of `made`."""
+    """Lay codes [rows, cols], scales and zeros or minimums [rows, groups] and further planes (bits, scales) into the parts of `made`."""
     padding = -made.rows % TILE
 
     def head(per_group: np.ndarray) -> np.ndarray:
@@ -390,6 +398,9 @@ def _planes(packed: Packed) -> list[tuple[np.ndarray, np.ndarray]]:
         return [(_spread(body(units, 2 * TILE), 8, packed).view(np.int8).astype(np.int32), scales)]
     if format == "int4":
         return [(_spread(body(units, 2 * TILE), 4, packed).astype(np.int32) - _ZEROS["int4"], scales)]
+    if format == "uint4":
+        codes = _spread(body(units, 4 * TILE), 4, packed).astype(np.int32)
+        return [(codes, scales), (np.ones_like(codes), per_block(head(units, 2 * TILE, "float16")))]
     if format == "int2":
         return [(2 * _spread(body(units, 2 * TILE), 2, packed).astype(np.int32) - _ZEROS["int2"], scales)]
     if format == "int3":

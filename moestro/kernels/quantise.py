@@ -1,4 +1,4 @@
-"""Weights in fewer bits: int8 and int4 in groups with one scale, and MXFP4 (OCP Microscaling 1.0, E2M1 elements, E8M0 scales)."""
+"""Weights in fewer bits: int8 and int4 in groups with one scale, uint4 with a minimum too, and MXFP4 (OCP Microscaling 1.0, E2M1 elements, E8M0 scales)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from moestro.kernels import native
 from moestro.kernels.ffn import GROUPS, Matrix
 
 _MXFP4 = 32
-_TOO_LARGE = "these weights are too large for float16 scales; expected scale_dtype='float32'"
+_TOO_LARGE = "these weights are too large for float16 scales; int8 and int4 can have scale_dtype='float32'"
 
 
 def encode_int8(w_RC: np.ndarray, group: int = 64, *, scale_dtype: str = "float32") -> Matrix:
@@ -29,6 +29,16 @@ def encode_int4(w_RC: np.ndarray, group: int = 32, *, scale_dtype: str = "float3
     """
     w_RC = _checked(w_RC, group, GROUPS)
     return _encode(w_RC, "int4", group, np.dtype(scale_dtype))
+
+
+def encode_uint4(w_RC: np.ndarray, group: int = 32) -> Matrix:
+    """Asymmetric four bits: minimum = the least weight, scale = (largest - least) / 15, both float16 (llama.cpp's Q4_1 rule).
+
+    Raises:
+        ValueError: as `encode_int8`.
+    """
+    w_RC = _checked(w_RC, group, GROUPS)
+    return _encode(w_RC, "uint4", group, np.dtype(np.float16))
 
 
 def encode_mxfp4(w_RC: np.ndarray) -> Matrix:
@@ -58,8 +68,8 @@ def _encode(w_RC: np.ndarray, format: str, group: int, scale_dtype: np.dtype) ->
         return reference_encode(w_RC, format, group, scale_dtype)
     rows, cols = w_RC.shape
     data = np.empty((rows, cols), np.int8) if format == "int8" else np.empty((rows, cols // 2), np.uint8)
-    scales = np.empty((rows, cols // group), scale_dtype)
-    kind = ("int8", "int4", "mxfp4").index(format)
+    scales = np.empty((rows, cols // group, *((2,) if format == "uint4" else ())), scale_dtype)
+    kind = ("int8", "int4", "mxfp4", "uint4").index(format)
     half = scale_dtype == np.float16
     places = (data.ctypes.data, scales.ctypes.data)
     if not module.quantise(w_RC.ctypes.data, rows, cols, kind, group, *places, half, native.cores()):
@@ -68,7 +78,7 @@ def _encode(w_RC: np.ndarray, format: str, group: int, scale_dtype: np.dtype) ->
 
 
 def reference_encode(w_RC: np.ndarray, format: str, group: int, scale_dtype: np.dtype) -> Matrix:
-    """The three encoders in numpy; the native ones give the same bytes."""
+    """The encoders in numpy; the native ones give the same bytes."""
     rows, cols = w_RC.shape
     grouped = w_RC.reshape(rows, cols // group, group)
     top = np.take_along_axis(grouped, np.abs(grouped).argmax(-1, keepdims=True), -1)
@@ -76,6 +86,8 @@ def reference_encode(w_RC: np.ndarray, format: str, group: int, scale_dtype: np.
         exponent = np.where(top == 0, 0, np.clip(np.frexp(top)[1] - 3, -127, 127) + 127).astype(np.uint8)
         codes = _e2m1(np.ldexp(grouped, 127 - exponent.astype(np.int32)))
         return Matrix(_nibbles(codes.reshape(rows, cols)), format, exponent[:, :, 0], group)
+    if format == "uint4":
+        return _reference_uint4(grouped, group)
     with np.errstate(over="ignore"):  # a scale beyond float16 is caught below
         scales = (np.abs(top) / np.float32(127) if format == "int8" else top / np.float32(-8)).astype(scale_dtype)
     if not np.isfinite(scales).all():
@@ -87,6 +99,18 @@ def reference_encode(w_RC: np.ndarray, format: str, group: int, scale_dtype: np.
         return Matrix(np.clip(whole, -127, 127).astype(np.int8).reshape(rows, cols), format, scales[:, :, 0], group)
     codes = (np.clip(whole, -8, 7) + 8).astype(np.uint8)
     return Matrix(_nibbles(codes.reshape(rows, cols)), format, scales[:, :, 0], group)
+
+
+def _reference_uint4(w_RGI: np.ndarray, group: int) -> Matrix:
+    low, high = w_RGI.min(-1), w_RGI.max(-1)
+    with np.errstate(over="ignore"):
+        pairs = np.stack([(high - low) / np.float32(15), low + np.float32(0)], -1).astype(np.float16)  # no negative zero
+    if not np.isfinite(pairs).all():
+        raise ValueError(_TOO_LARGE)
+    scale, minimum = pairs[..., :1].astype(np.float32), pairs[..., 1:].astype(np.float32)
+    whole = np.rint(np.clip((w_RGI - minimum) / np.where(scale == 0, np.float32(1), scale), 0, 15))
+    codes = np.where(scale == 0, 0, whole).astype(np.uint8)
+    return Matrix(_nibbles(codes.reshape(len(w_RGI), w_RGI.shape[1] * group)), "uint4", pairs, group)
 
 
 def _e2m1(values: np.ndarray) -> np.ndarray:

@@ -51,7 +51,17 @@ def test_stored_is_exact(family, layout, dtype, tmp_path, tiny, opened, make_pla
     assert pack(checkpoint, found, "stored", out) == out  # again: nothing to do
 
 
-LOSSES = {"f32": 1e-6, "bf16": 2e-2, "f16": 2e-3, "int8:32": 2e-2, "int4:32": 0.3, "int3:32": 0.5, "int2:32": 1, "mxfp4": 0.3}
+LOSSES = {
+    "f32": 1e-6,
+    "bf16": 2e-2,
+    "f16": 2e-3,
+    "int8:32": 2e-2,
+    "int4:32": 0.3,
+    "uint4:32": 0.3,
+    "int3:32": 0.5,
+    "int2:32": 1,
+    "mxfp4": 0.3,
+}
 
 
 @pytest.mark.parametrize(("codec", "close"), [*LOSSES.items(), ("nested:32", 0.4)])

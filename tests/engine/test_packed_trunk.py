@@ -138,7 +138,7 @@ def test_a_tied_embedding_is_written_once(tmp_path, opened):
         assert (embedding is head) == (scale == 1)
 
 
-@pytest.mark.parametrize("format", ["int8", "int4", "int3", "int2", "mxfp4"])
+@pytest.mark.parametrize("format", ["int8", "int4", "uint4", "int3", "int2", "mxfp4"])
 def test_pieces_of_a_matrix_are_its_tiles(format, tmp_path, monkeypatch):
     """Encoding a few rows at a time gives the same bytes as all at once, and rows can be looked up."""
     from moestro.models.codecs import trunk

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moestro.kernels import native
 from moestro.kernels.convert import to_bf16
 from moestro.kernels.ffn import ACTIVATIONS, FORMATS, ExpertView, Matrix, activate, grouped_ffn
-from moestro.kernels.quantise import encode_int4, encode_int8, encode_mxfp4
+from moestro.kernels.quantise import encode_int4, encode_int8, encode_mxfp4, encode_uint4
 
 COMMON = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -27,6 +27,8 @@ def matrix(rng: np.random.Generator, rows: int, cols: int, format: str, group: i
         return Matrix(to_bf16(w), format)
     if format == "mxfp4":
         return encode_mxfp4(w)
+    if format == "uint4":
+        return encode_uint4(w, group)
     encode = encode_int8 if format == "int8" else encode_int4
     return encode(w, group, scale_dtype=scale_dtype)
 
@@ -35,9 +37,9 @@ def displaced(m: Matrix, shift: int, gap: int) -> Matrix:
     """The same matrix at an odd address with gaps between its rows."""
 
     def move(array: np.ndarray) -> np.ndarray:
-        row = array.shape[1] * array.itemsize
+        row = array[0].nbytes
         raw = np.zeros(shift + array.shape[0] * (row + gap), np.uint8)
-        out = np.ndarray(array.shape, array.dtype, raw.data, shift, (row + gap, array.itemsize))
+        out = np.ndarray(array.shape, array.dtype, raw.data, shift, (row + gap, *array.strides[1:]))
         out[...] = array
         return out
 
@@ -80,7 +82,7 @@ def test_agrees_with_float64(level, data):
     draw = data.draw
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     format = draw(st.sampled_from(FORMATS))
-    group = draw(st.sampled_from((32, 64, 128))) if format in ("int8", "int4") else 32
+    group = draw(st.sampled_from((32, 64, 128))) if format in ("int8", "int4", "uint4") else 32
     if format in ("f32", "f16", "bf16"):
         width, inner = draw(st.integers(1, 90)), draw(st.integers(1, 70))
     else:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moestro.kernels.convert import to_bf16
 from moestro.kernels.ffn import FORMATS, Matrix
 from moestro.kernels.linear import linear, linears
-from moestro.kernels.quantise import encode_int4, encode_int8, encode_mxfp4
+from moestro.kernels.quantise import encode_int4, encode_int8, encode_mxfp4, encode_uint4
 
 COMMON = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 WHOLE = ("f32", "f16", "bf16")
@@ -20,7 +20,9 @@ def matrix(rng: np.random.Generator, rows: int, cols: int, format: str, group: i
     w = (rng.standard_normal((rows, cols)) / np.sqrt(cols)).astype(np.float32)
     if format in WHOLE:
         return Matrix(w if format == "f32" else w.astype(np.float16) if format == "f16" else to_bf16(w), format)
-    return encode_mxfp4(w) if format == "mxfp4" else (encode_int8 if format == "int8" else encode_int4)(w, group)
+    if format == "mxfp4":
+        return encode_mxfp4(w)
+    return {"int8": encode_int8, "int4": encode_int4, "uint4": encode_uint4}[format](w, group)
 
 
 @given(data=st.data())

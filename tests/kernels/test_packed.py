@@ -8,7 +8,7 @@ import pytest
 from moestro.kernels.ffn import ExpertView, Matrix, activate, grouped_ffn, reference_grouped_ffn
 from moestro.kernels.linear import linear, linears
 from moestro.kernels.packed import FORMATS, Packed, pack, part_sizes, quantise, reference_quantise, round_activations
-from moestro.kernels.quantise import encode_int4, encode_int8, encode_mxfp4
+from moestro.kernels.quantise import encode_int4, encode_int8, encode_mxfp4, encode_uint4
 
 CASES = [(format, group) for format in FORMATS for group in ((32,) if format == "mxfp4" else (32, 64, 128))]
 
@@ -25,11 +25,15 @@ def test_codes_mean_what_the_formats_say(level, format, group):
     assert [p.nbytes for p in packed.parts] == list(part_sizes(37, 3 * 128, format, group))
     assert packed.nbytes == sum(p.nbytes for p in packed.parts) and packed.shape == (37, 384)
     error = np.sqrt(((packed.dequantise() - w) ** 2).mean() / (w**2).mean())
-    bound = {"int8": 0.007, "int4": 0.11, "int3": 0.2, "int2": 0.36, "mxfp4": 0.12, "nested": 0.14}[format]
+    bound = {"int8": 0.007, "int4": 0.11, "int3": 0.2, "int2": 0.36, "mxfp4": 0.12, "nested": 0.14, "uint4": 0.11}[format]
     assert error < bound
-    if format in ("int8", "int4", "mxfp4"):
-        encode = {"int8": encode_int8, "int4": encode_int4}.get(format)
-        same = encode_mxfp4(w) if encode is None else encode(w, group, scale_dtype="float16")
+    if format in ("int8", "int4", "uint4", "mxfp4"):
+        if format == "mxfp4":
+            same = encode_mxfp4(w)
+        elif format == "uint4":
+            same = encode_uint4(w, group)
+        else:
+            same = (encode_int8 if format == "int8" else encode_int4)(w, group, scale_dtype="float16")
         assert (pack(same).dequantise() == same.dequantise()).all()
         assert (packed.dequantise() == same.dequantise()).all()
 
@@ -130,6 +134,13 @@ def test_mxfp4_keeps_the_ends_of_its_scales(level):
     assert np.isnan(out[0, 5])
     expected = matrix.dequantise().astype(np.float64).sum(1) * 2.0**100
     np.testing.assert_allclose(np.delete(out[0], 5), np.delete(expected, 5), rtol=1e-6)
+
+
+def test_a_minimum_that_is_no_number_is_seen(level):
+    packed = quantise(weights(np.random.default_rng(6), 20, 64), "uint4", 32)
+    assert packed.finite
+    packed.parts[0][32:64].view(np.float16)[3] = np.inf
+    assert not packed.finite
 
 
 def test_refusals(level):

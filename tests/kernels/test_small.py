@@ -16,10 +16,10 @@ from moestro.kernels import native
 from moestro.kernels.bandwidth import probe
 from moestro.kernels.combine import combine, reference_combine
 from moestro.kernels.convert import reference_to_bf16, reference_to_f32, split_gate_up, to_bf16, to_f32, transpose
-from moestro.kernels.ffn import MXFP4_VALUES
+from moestro.kernels.ffn import MXFP4_VALUES, Matrix
 from moestro.kernels.permute import reference_sort_pairs, sort_pairs
 from moestro.kernels.put import put, reference_put
-from moestro.kernels.quantise import encode_int4, encode_int8, encode_mxfp4, reference_encode
+from moestro.kernels.quantise import encode_int4, encode_int8, encode_mxfp4, encode_uint4, reference_encode
 from moestro.kernels.topk import reference_topk, topk
 
 COMMON = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -159,9 +159,11 @@ def test_quantisers_give_the_references_bytes(level, seed, rows, groups, group, 
     w = (rng.standard_normal((rows, groups * group)) * scale).astype(np.float32)
     w[rng.random(w.shape) < 0.1] = 0
     w[:1, :group] = 0
-    for format, kind in (("int8", dtype), ("int4", dtype), ("mxfp4", "uint8")):
+    for format, kind in (("int8", dtype), ("int4", dtype), ("mxfp4", "uint8"), ("uint4", "float16")):
         if format == "mxfp4":
             found = encode_mxfp4(w)
+        elif format == "uint4":
+            found = encode_uint4(w, group)
         else:
             found = (encode_int8 if format == "int8" else encode_int4)(w, group, scale_dtype=dtype)
         expected = reference_encode(w, format, 32 if format == "mxfp4" else group, np.dtype(kind))
@@ -171,9 +173,12 @@ def test_quantisers_give_the_references_bytes(level, seed, rows, groups, group, 
         assert again is None or (again.dequantise() == found.dequantise()).all()
 
 
-@pytest.mark.parametrize(("encode", "bound"), [(encode_int8, 1 / 254), (encode_int4, 1 / 8), (encode_mxfp4, 1 / 4)])
+@pytest.mark.parametrize(
+    ("encode", "bound"), [(encode_int8, 1 / 254), (encode_int4, 1 / 8), (encode_mxfp4, 1 / 4), (encode_uint4, 1 / 14)]
+)
 def test_quantisation_error_is_bounded(level, encode, bound):
-    """Half a step of the largest weight; int4 clips at one step on the side opposite to its largest, MXFP4 saturates at 6 of 8."""
+    """Half a step of the largest weight; int4 clips at one step on the side opposite to its largest, MXFP4 saturates at 6 of 8; the
+    steps of uint4 are a fifteenth of the range, which is at most twice the largest, and its ends are rounded to float16."""
     w = np.random.default_rng(1).standard_normal((64, 256)).astype(np.float32)
     m = encode(w)
     largest = np.abs(w.reshape(64, -1, m.group)).max(-1, keepdims=True)
@@ -184,9 +189,28 @@ def test_quantisation_error_is_bounded(level, encode, bound):
         encode(np.zeros((1, 33), np.float32))
 
 
+def test_uint4_finds_the_numbers_it_stored(level):
+    """Weights that are four bits with a scale and a minimum, as a Q4_1 file holds them, come back as they were."""
+    rng = np.random.default_rng(2)
+    codes = rng.integers(0, 16, (24, 128)).astype(np.uint8)
+    codes.reshape(24, -1, 32)[..., :2] = (0, 15)
+    pairs = rng.uniform(0.5, 1, (24, 4, 2)).astype(np.float16)
+    pairs[..., 1] *= rng.choice([-8, 1], (24, 4))
+    stored = Matrix(codes[:, ::2] | codes[:, 1::2] << 4, "uint4", pairs, 32)
+    found = encode_uint4(stored.dequantise(), 32)
+    assert found.scales is not None
+    assert (found.data == stored.data).all() and (found.scales == pairs).all()
+    wanted = codes.astype(np.float32) * np.repeat(pairs[..., 0], 32, 1) + np.repeat(pairs[..., 1], 32, 1)
+    assert (stored.dequantise() == wanted).all()
+    with pytest.raises(ValueError, match="needs scales"):
+        Matrix(stored.data, "uint4", pairs[..., 0], 32)
+
+
 def test_float16_scales_that_overflow_are_refused(level):
     with pytest.raises(ValueError, match="too large for float16"):
         encode_int8(np.full((1, 64), 1e30, np.float32), scale_dtype="float16")
+    with pytest.raises(ValueError, match="too large for float16"):
+        encode_uint4(np.full((1, 64), 1e30, np.float32))
 
 
 def test_mxfp4_agrees_with_the_table(level):

@@ -245,7 +245,7 @@ def test_records(name: str, d: int, f: int, gated: bool, bias: bool, seed: int) 
         error = np.abs(x - y).reshape(len(x), -1, codec.group)
         # Half a step of rounding (a whole one at int4's clipped end, -8..7); MXFP4's coarsest step is 2 of at most 8. The others
         # may shrink a group's range, and a nested one starts from two bits.
-        bound = {"int8": top / 254, "int4": top / 8, "mxfp4": top / 4}.get(codec.format, top)
+        bound = {"int8": top / 254, "int4": top / 8, "uint4": top / 14, "mxfp4": top / 4}.get(codec.format, top)
         assert (error <= bound * 1.01 + 1e-6).all()
     if bias:
         assert got.up_F is not None
@@ -258,6 +258,7 @@ def test_sizes_of_records() -> None:
     bits = {name: Record.of(spec, parse_codec(name)).nbytes * 8 / spec.parameters for name in CODECS[1:]}
     assert bits["f32"] == 32 and bits["bf16"] == bits["f16"] == 16
     assert bits["int8:64"] == 8.25 and bits["int4:32"] == 4.5 and bits["int4:128"] == 4.125 and bits["mxfp4"] == 4.25
+    assert bits["uint4:32"] == 5 and bits["uint4:64"] == 4.5
     nested = Record.of(spec, parse_codec("nested:64"))
     assert [8 * size / spec.parameters for size in nested.sizes] == [2.375, 3.625, 4.875]
 

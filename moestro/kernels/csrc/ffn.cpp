@@ -27,7 +27,7 @@ Workspace& workspace() {
 }
 
 int64_t row_bytes(const MatrixRef& w) {
-    static const int bits[] = {32, 16, 16, 8, 4, 4};
+    static const int bits[] = {32, 16, 16, 8, 4, 4, 4};
     return std::max<int64_t>(1, w.cols * bits[static_cast<int>(w.format)] / 8);
 }
 

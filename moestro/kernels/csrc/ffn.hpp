@@ -6,8 +6,8 @@
 namespace moestro {
 
 enum class Format : int {
-    f32, f16, bf16, int8, int4, mxfp4,  // rows
-    tiles_int8, tiles_int4, tiles_int3, tiles_int2, tiles_mxfp4, tiles_nested,  // packed.hpp; `stride`, `scales` and so on mean nothing
+    f32, f16, bf16, int8, int4, mxfp4, uint4,  // rows; uint4: `scales` holds pairs of a float16 scale and minimum
+    tiles_int8, tiles_int4, tiles_int3, tiles_int2, tiles_mxfp4, tiles_nested, tiles_uint4,  // packed.hpp; `stride`, `scales` and so on mean nothing
     tiles_sign,  // a further plane of nested
 };
 enum class Activation : int { silu, gelu, gelu_tanh, relu, relu2, swiglu_clamped };
@@ -56,7 +56,7 @@ struct FfnLevel {
     // sums[r] += the values from `position` on, key k times weights[r * SPAN + k], for k in begin[r]..end[r); rows of sums are padded
     void (*blend)(const Cache& values, int64_t position, const float* weights, const int* begin, const int* end, int rows,
                   float* sums, int64_t sums_stride, Scratch& scratch);
-    const PackedLevel* packed;
+    const PackedLevel* packed;  // level.cpp chooses it
 };
 
 // Null where the compiler's target lacks the instruction set.

@@ -38,6 +38,7 @@ struct V {
         const __m256i q = _mm256_and_si256(shifted(p), _mm256_set1_epi32(15));
         return {_mm256_fmadd_ps(_mm256_cvtepi32_ps(q), by.v, offset.v)};
     }
+    static V scaled_uint4(const uint8_t* p, V by, V offset) { return scaled_int4(p, by, offset); }
     static V mxfp4_table(float scale) { return mul({_mm256_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6)}, set(scale)); }
     static V scaled_mxfp4(const uint8_t* p, V table) {
         const __m256 sizes = _mm256_permutevar8x32_ps(table.v, shifted(p));  // looks at three bits
@@ -66,11 +67,10 @@ struct V {
 }  // namespace moestro
 
 #include "attention_tile.hpp"
-#include "packed.hpp"
 
 namespace moestro {
 const FfnLevel* ffn_avx2() {
-    static const FfnLevel level{"avx2", product, activate, soften, blend, packed_avx2()};
+    static const FfnLevel level{"avx2", product, activate, soften, blend, nullptr};
     return &level;
 }
 }  // namespace moestro

@@ -37,6 +37,7 @@ struct V {
     static V scaled_int4(const uint8_t* p, V by, V offset) {
         return {_mm512_fmadd_ps(_mm512_cvtepi32_ps(nibbles(p)), by.v, offset.v)};
     }
+    static V scaled_uint4(const uint8_t* p, V by, V offset) { return scaled_int4(p, by, offset); }
     static V mxfp4_table(float scale) {
         return mul({_mm512_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -.5f, -1, -1.5f, -2, -3, -4, -6)}, set(scale));
     }
@@ -64,11 +65,10 @@ struct V {
 }  // namespace moestro
 
 #include "attention_tile.hpp"
-#include "packed.hpp"
 
 namespace moestro {
 const FfnLevel* ffn_avx512() {
-    static const FfnLevel level{"avx512", product, activate, soften, blend, packed_avx2()};
+    static const FfnLevel level{"avx512", product, activate, soften, blend, nullptr};
     return &level;
 }
 }  // namespace moestro

@@ -40,6 +40,7 @@ struct V {
     static V scaled_int4(const uint8_t* p, V by, V) {
         return mul(of(vsub_s8(vreinterpret_s8_u8(nibbles(p)), vdup_n_s8(8))), by);
     }
+    static V scaled_uint4(const uint8_t* p, V by, V offset) { return fma(of(vreinterpret_s8_u8(nibbles(p))), by, offset); }
     static V mxfp4_table(float scale) { return set(0.5f * scale); }
     static V scaled_mxfp4(const uint8_t* p, V half) {  // twice the value fits a byte; the sign of zero does not matter here
         static const int8_t twice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
@@ -69,11 +70,10 @@ struct V {
 }  // namespace moestro
 
 #include "attention_tile.hpp"
-#include "packed.hpp"
 
 namespace moestro {
 const FfnLevel* ffn_neon() {
-    static const FfnLevel level{"neon", product, activate, soften, blend, packed_scalar()};
+    static const FfnLevel level{"neon", product, activate, soften, blend, nullptr};
     return &level;
 }
 }  // namespace moestro

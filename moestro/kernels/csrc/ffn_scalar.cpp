@@ -64,6 +64,9 @@ struct V {
     static V scaled_int4(const uint8_t* p, const V& by, const V&) {
         return each([&](int i) { return static_cast<float>(nibble(p, i) - 8) * by.v[i]; });
     }
+    static V scaled_uint4(const uint8_t* p, const V& by, const V& offset) {
+        return each([&](int i) { return std::fma(static_cast<float>(nibble(p, i)), by.v[i], offset.v[i]); });
+    }
     static V mxfp4_table(float scale) { return set(scale); }
     static V scaled_mxfp4(const uint8_t* p, const V& by) {
         static const float table[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -.5f, -1, -1.5f, -2, -3, -4, -6};
@@ -113,11 +116,10 @@ struct V {
 }  // namespace moestro
 
 #include "attention_tile.hpp"
-#include "packed.hpp"
 
 namespace moestro {
 const FfnLevel* ffn_scalar() {
-    static const FfnLevel level{"scalar", product, activate, soften, blend, packed_scalar()};
+    static const FfnLevel level{"scalar", product, activate, soften, blend, nullptr};
     return &level;
 }
 }  // namespace moestro

@@ -24,7 +24,7 @@ inline T lesser(T a, T b) {
 }
 
 template <Format F>
-constexpr bool grouped = F == Format::int8 || F == Format::int4 || F == Format::mxfp4;
+constexpr bool grouped = F == Format::int8 || F == Format::int4 || F == Format::mxfp4 || F == Format::uint4;
 
 // How a row's scales are stored; worked out once per product, for a division per unit would cost as much as the unit.
 struct Scales {
@@ -50,6 +50,10 @@ inline Scale scale_of(const Scales& how, const uint8_t* row_scales, int64_t colu
             const uint32_t bits = e == 0 ? 0x00400000u : e == 255 ? 0x7fc00000u : e << 23;
             std::memcpy(&value, &bits, 4);
             return {V::mxfp4_table(value), V::zero()};
+        } else if constexpr (F == Format::uint4) {
+            uint16_t bits[2];
+            std::memcpy(bits, row_scales + 4 * (column >> how.shift), 4);
+            return {V::set(V::half(bits[0])), V::set(V::half(bits[1]))};
         } else if (how.half) {
             uint16_t bits;
             std::memcpy(&bits, row_scales + 2 * (column >> how.shift), 2);
@@ -69,6 +73,7 @@ inline V weights_at(const uint8_t* row, int64_t column, const Scale& scale) {
     if constexpr (F == Format::bf16) return V::load_bf16(row + 2 * column);
     if constexpr (F == Format::int8) return V::mul(V::load_int8(row + column), scale.by);
     if constexpr (F == Format::int4) return V::scaled_int4(row + column / 2, scale.by, scale.offset);
+    if constexpr (F == Format::uint4) return V::scaled_uint4(row + column / 2, scale.by, scale.offset);
     if constexpr (F == Format::mxfp4) return V::scaled_mxfp4(row + column / 2, scale.by);
 }
 
@@ -257,6 +262,7 @@ void product(const MatrixRef& w, int64_t first, int count, const float* const* x
         case Format::int8: return product_of<Format::int8>(w, first, count, x, rows, out, scratch);
         case Format::int4: return product_of<Format::int4>(w, first, count, x, rows, out, scratch);
         case Format::mxfp4: return product_of<Format::mxfp4>(w, first, count, x, rows, out, scratch);
+        case Format::uint4: return product_of<Format::uint4>(w, first, count, x, rows, out, scratch);
         default: return;  // packed tiles have kernels of their own
     }
 }

@@ -3,26 +3,52 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "packed.hpp"
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace moestro {
 namespace {
 
-std::vector<const FfnLevel*> found() {
-    std::vector<const FfnLevel*> out{ffn_scalar()};
+std::vector<FfnLevel> found() {
+    std::vector<FfnLevel> out;
+    // Kernels of packed tiles that do not agree with the portable ones are not used.
+    const auto add = [&](const char* name, const FfnLevel* rows, const PackedLevel* packed, const PackedLevel* otherwise) {
+        if (!rows) return;
+        if (!packed || !agrees_with_scalar(*packed)) packed = otherwise;
+        if (packed) out.push_back({name, rows->product, rows->activate, rows->soften, rows->blend, packed});
+    };
+    add("scalar", ffn_scalar(), nullptr, packed_scalar());
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-        if (ffn_avx2()) out.push_back(ffn_avx2());
+        add("avx2", ffn_avx2(), packed_avx2(), packed_scalar());
+#if defined(HAVE_AVXVNNI)  // compilers that do not know it cannot ask for it
+        if (__builtin_cpu_supports("avxvnni")) add("avxvnni", ffn_avx2(), packed_avxvnni(), nullptr);
+#endif
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-            __builtin_cpu_supports("avx512dq") && ffn_avx512())
-            out.push_back(ffn_avx512());
+            __builtin_cpu_supports("avx512dq")) {
+            add("avx512", ffn_avx512(), packed_avx2(), packed_scalar());
+            if (__builtin_cpu_supports("avx512vnni")) add("avx512vnni", ffn_avx512(), packed_avx512vnni(), nullptr);
+        }
     }
 #endif
-    if (ffn_neon()) out.push_back(ffn_neon());
+#if defined(__aarch64__)
+    add("neon", ffn_neon(), packed_neon(), packed_scalar());
+#if defined(__linux__)
+    const bool dot_products = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+    const bool dot_products = true;  // every Apple processor of this kind has them
+#endif
+    if (dot_products) add("neondot", ffn_neon(), packed_neondot(), nullptr);
+#endif
     return out;
 }
 
-const std::vector<const FfnLevel*>& machine() {
-    static const std::vector<const FfnLevel*> all = found();
+const std::vector<FfnLevel>& machine() {
+    static const std::vector<FfnLevel> all = found();
     return all;
 }
 
@@ -33,7 +59,7 @@ std::atomic<const FfnLevel*> chosen{nullptr};
 const std::vector<std::string>& levels() {
     static const std::vector<std::string> names = [] {
         std::vector<std::string> out;
-        for (auto* level : machine()) out.emplace_back(level->name);
+        for (auto& level : machine()) out.emplace_back(level.name);
         return out;
     }();
     return names;
@@ -41,13 +67,13 @@ const std::vector<std::string>& levels() {
 
 const FfnLevel& current() {
     const FfnLevel* level = chosen.load(std::memory_order_acquire);
-    return level ? *level : *machine().back();
+    return level ? *level : machine().back();
 }
 
 void set_level(const std::string& name) {
-    for (auto* level : machine())
-        if (name == level->name) {
-            chosen.store(level, std::memory_order_release);
+    for (auto& level : machine())
+        if (name == level.name) {
+            chosen.store(&level, std::memory_order_release);
             return;
         }
     throw std::invalid_argument("this machine does not have " + name);

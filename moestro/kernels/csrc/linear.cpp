@@ -20,7 +20,7 @@ constexpr int64_t TASK_BYTES = 512 << 10;  // weights of one task: shorter runs 
 constexpr int64_t ALONE = 1 << 19;  // multiply-adds below which waking a thread costs more than it gives
 
 int64_t row_bytes(const MatrixRef& w) {
-    static const int bits[] = {32, 16, 16, 8, 4, 4};
+    static const int bits[] = {32, 16, 16, 8, 4, 4, 4};
     return std::max<int64_t>(1, w.cols * bits[static_cast<int>(w.format)] / 8);
 }
 

@@ -19,6 +19,7 @@ struct Group {  // of one row
     uint8_t codes[MOST];
     uint16_t scale = 0;
     uint8_t zero = 0;
+    uint16_t minimum = 0;
     uint8_t signs[2][MOST];
     uint16_t sign_scales[2] = {};
 };
@@ -39,6 +40,7 @@ void lay_step(Format format, const uint8_t* codes, int row, uint8_t* step) {
     switch (format) {
         case Format::tiles_int8: return lay(codes, 8, row, step);
         case Format::tiles_int4:
+        case Format::tiles_uint4:
         case Format::tiles_mxfp4: return lay(codes, 4, row, step);
         case Format::tiles_sign: return lay(codes, 1, row, step);
         case Format::tiles_int3: {
@@ -77,6 +79,7 @@ void fill(const MatrixRef& to, int threads, Encode&& encode) {
                     encode(tile * TILE + row, g, found);
                     lay_unit(to.format, to.group, found.codes, &found.scale, row, unit);
                     if (to.format == Format::tiles_nested) unit[2 * TILE + row] = found.zero;
+                    if (to.format == Format::tiles_uint4) std::memcpy(unit + 2 * (TILE + row), &found.minimum, 2);
                     for (int k = 1; k < 3; ++k)
                         if (parts[k])
                             lay_unit(Format::tiles_sign, to.group, found.signs[k - 1], &found.sign_scales[k - 1], row,
@@ -168,7 +171,8 @@ bool encode_group(const float* w, const MatrixRef& to, Group& out) {
 void pack_tiles(const MatrixRef& to, const uint8_t* codes, const uint8_t* scales, int threads) {
     const int64_t groups = to.cols / to.group;
     const bool bytes = to.format == Format::tiles_int8;
-    const int scale_bytes = to.format == Format::tiles_mxfp4 ? 1 : 2;
+    const bool minimums = to.format == Format::tiles_uint4;
+    const int scale_bytes = to.format == Format::tiles_mxfp4 ? 1 : 2, stride = minimums ? 4 : scale_bytes;
     fill(to, threads, [&](int64_t row, int64_t g, Group& out) {
         const int64_t at = row * to.cols + g * to.group;
         if (bytes)
@@ -179,7 +183,9 @@ void pack_tiles(const MatrixRef& to, const uint8_t* codes, const uint8_t* scales
                 out.codes[2 * i] = both & 15;
                 out.codes[2 * i + 1] = both >> 4;
             }
-        std::memcpy(&out.scale, scales + (row * groups + g) * scale_bytes, static_cast<size_t>(scale_bytes));
+        const uint8_t* scale = scales + (row * groups + g) * stride;
+        std::memcpy(&out.scale, scale, static_cast<size_t>(scale_bytes));
+        if (minimums) std::memcpy(&out.minimum, scale + 2, 2);
     });
 }
 

@@ -11,6 +11,7 @@ namespace moestro {
 
 constexpr int STEP = 32;    // inputs that share an activation scale
 constexpr int BUNDLE = 128;  // rows of activations multiplied together, at most
+constexpr int AHEAD = 2560;  // bytes of a run of tiles asked for before their turn, as measured; hardware prefetch stops at each page
 
 // Up to BUNDLE rows of activations: codes [blocks][rows][STEP], scales and sums of codes [blocks][rows].
 struct Bundle {
@@ -22,8 +23,8 @@ struct Bundle {
 
 struct PackedLevel {
     const char* name;
-    // out[r * TILE + i] = dot(row 16 * tile + i of w, row r of x)
-    void (*product)(const MatrixRef& w, int64_t tile, const Bundle& x, float* out);
+    // out[(t * x.rows + r) * TILE + i] = dot(row 16 (tile + t) + i of w, row r of x) for t < count
+    void (*product)(const MatrixRef& w, int64_t tile, int count, const Bundle& x, float* out);
     // Rounds `blocks` times STEP floats; block b goes to codes + b * stride * STEP, scales + b * stride and sums + b * stride.
     void (*round)(const float* x, int64_t blocks, int8_t* codes, float* scales, int32_t* sums, int64_t stride);
 };
@@ -38,16 +39,16 @@ const PackedLevel* packed_neondot();
 
 // Static: these headers are compiled for several instruction sets, and a shared copy could be any of them.
 static constexpr bool in_tiles(Format format) { return format >= Format::tiles_int8; }
-static constexpr int head_bytes(Format f) {  // of a unit: scales and zeros
-    return f == Format::tiles_mxfp4 ? TILE : f == Format::tiles_nested ? 3 * TILE : 2 * TILE;
+static constexpr int head_bytes(Format f) {  // of a unit: scales, zeros and minimums
+    return f == Format::tiles_mxfp4 ? TILE : f == Format::tiles_nested ? 3 * TILE : f == Format::tiles_uint4 ? 4 * TILE : 2 * TILE;
 }
 static constexpr int step_bytes(Format f) {  // of STEP inputs x TILE rows
     return TILE * STEP / 8 *
-           (f == Format::tiles_int8                                ? 8
-            : f == Format::tiles_int4 || f == Format::tiles_mxfp4  ? 4
-            : f == Format::tiles_int3                              ? 3
-            : f == Format::tiles_int2 || f == Format::tiles_nested ? 2
-                                                                   : 1);
+           (f == Format::tiles_int8                                                              ? 8
+            : f == Format::tiles_int4 || f == Format::tiles_uint4 || f == Format::tiles_mxfp4    ? 4
+            : f == Format::tiles_int3                                                            ? 3
+            : f == Format::tiles_int2 || f == Format::tiles_nested                               ? 2
+                                                                                                 : 1);
 }
 static inline int64_t tile_bytes(Format f, int64_t cols, int group) {
     return cols / group * (head_bytes(f) + group / STEP * step_bytes(f));
@@ -62,7 +63,7 @@ void packed_ffn(const FfnCall& call);
 int64_t packed_scratch_bytes();
 void packed_linears(const float* x, int64_t x_stride, int64_t rows, const std::vector<LinearJob>& jobs, int threads);
 
-// codes: rows of int8, or of nibbles with the low one first; scales: 16 bits, for mxfp4 8.
+// codes: rows of int8, or of nibbles with the low one first; scales: 16 bits, for mxfp4 8, for uint4 16 and a minimum of 16.
 void pack_tiles(const MatrixRef& to, const uint8_t* codes, const uint8_t* scales, int threads);
 // False when a scale is not finite.
 bool quantise_tiles(const MatrixRef& to, const float* w, int threads);

@@ -9,30 +9,42 @@ namespace {
 
 struct D : X86 {
     static constexpr int INT8_ZERO = 0;
+    static constexpr int ROWS = 2;  // rows multiplied together
 
-    // Pairs of products fit 16 bits, and so do the sums of as many pairs as LARGEST allows.
+    // Otherwise the compiler forms all products before it adds any, and has no registers for them: 1.5 times slower.
+    static void pin(__m256i& sum) { asm("" : "+x"(sum)); }
+
+    // Pairs of products of codes up to LARGEST fit 16 bits, and so do the sums of 4 pairs, or of 8 where `whole`.
     template <int LARGEST>
-    static Ints dot(const Bytes* w, const Bytes* a) {
+    struct Sum {
         static_assert(LARGEST * 127 * 2 * 4 < 32768);
-        const __m256i ones = _mm256_set1_epi16(1);
-        const auto four = [&](int j) {
-            const __m256i s = _mm256_add_epi16(_mm256_maddubs_epi16(w[j], a[j]), _mm256_maddubs_epi16(w[j + 1], a[j + 1]));
-            return _mm256_add_epi16(s, _mm256_add_epi16(_mm256_maddubs_epi16(w[j + 2], a[j + 2]), _mm256_maddubs_epi16(w[j + 3], a[j + 3])));
-        };
-        if constexpr (LARGEST * 127 * 2 * 8 < 32768) return _mm256_madd_epi16(_mm256_add_epi16(four(0), four(4)), ones);
-        return _mm256_add_epi32(_mm256_madd_epi16(four(0), ones), _mm256_madd_epi16(four(4), ones));
-    }
-    // The sign of each weight goes to its activation; a pair is at most 2 x 127 x 127.
-    static Ints dot_signed(const Bytes* w, const Bytes* a) {
-        const __m256i ones = _mm256_set1_epi16(1);
-        __m256i sum = _mm256_setzero_si256();
-#pragma GCC unroll 8
-        for (int j = 0; j < STEP / 4; ++j) {
-            const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w[j]), _mm256_sign_epi8(a[j], w[j]));
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones));
+        static constexpr bool whole = LARGEST * 127 * 2 * 8 < 32768;
+        __m256i pairs[2];
+        void add(int j, Bytes w, Bytes a) {
+            const __m256i found = _mm256_maddubs_epi16(w, a);
+            __m256i& to = pairs[whole ? 0 : j / 4];
+            to = j % 4 == 0 && (j == 0 || !whole) ? found : _mm256_add_epi16(to, found);
+            pin(to);
         }
-        return sum;
+        Ints total() const {
+            const __m256i ones = _mm256_set1_epi16(1);
+            if constexpr (whole) return _mm256_madd_epi16(pairs[0], ones);
+            return _mm256_add_epi32(_mm256_madd_epi16(pairs[0], ones), _mm256_madd_epi16(pairs[1], ones));
+        }
+    };
+};
+
+// Weights with signs: the sign goes to the activation; a pair is at most 2 x 127 x 127.
+template <>
+struct D::Sum<-1> {
+    __m256i sum;
+    void add(int j, Bytes w, Bytes a) {
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
+        const __m256i found = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+        sum = j == 0 ? found : _mm256_add_epi32(sum, found);
+        pin(sum);
     }
+    Ints total() const { return sum; }
 };
 
 }  // namespace

@@ -12,6 +12,7 @@ constexpr int64_t TASK_BYTES = 128 << 10;        // weights of one task of an ex
 constexpr int64_t LINEAR_TASK_BYTES = 256 << 10;
 constexpr int64_t ALONE = 1 << 20;               // multiply-adds below which waking a thread costs more than it gives
 constexpr int64_t PAIR = 2 * TILE;               // output rows whose activations are rounded together
+constexpr int64_t FLOATS = PAIR * BUNDLE;        // products that a thread holds
 
 // Rounded rows, bundle after bundle.
 struct Rounded {
@@ -35,6 +36,13 @@ struct Rounded {
         const int64_t at = first * blocks + block * rows + row;
         level.round(x, count, codes.data() + at * STEP, scales.data() + at, sums.data() + at, rows);
     }
+    // Row `row`, a bundle of its own, becomes what the row before it is.
+    void repeat(int64_t row, int64_t blocks) {
+        const int64_t at = (row - 1) * blocks;
+        std::copy_n(codes.begin() + at * STEP, blocks * STEP, codes.begin() + (at + blocks) * STEP);
+        std::copy_n(scales.begin() + at, blocks, scales.begin() + at + blocks);
+        std::copy_n(sums.begin() + at, blocks, sums.begin() + at + blocks);
+    }
     int64_t bytes() const { return static_cast<int64_t>(codes.capacity() + 8 * scales.capacity()); }
 };
 
@@ -49,9 +57,9 @@ void bundles(int64_t rows, Each&& each) {
 }
 
 struct alignas(64) Buffers {  // one per thread
-    float gate[2][BUNDLE * TILE];
-    float up[2][BUNDLE * TILE];
-    float hidden[PAIR];
+    float gate[FLOATS];
+    float up[FLOATS];
+    float hidden[FLOATS];
 };
 
 Buffers& own_buffers() {
@@ -71,10 +79,35 @@ Workspace& workspace() {
     return *one;
 }
 
-void add(float* values, int rows, int64_t count, const float* bias) {
-    for (int r = 0; r < rows; ++r)
-        for (int64_t i = 0; i < count; ++i) values[r * TILE + i] += bias[i];
+// Biases of `count` output rows to what a level's product found for a bundle's rows.
+void add(float* found, int rows, int64_t count, const float* bias) {
+    for (int64_t o = 0; o < count; o += TILE)
+        for (int r = 0; r < rows; ++r)
+            for (int64_t i = 0; i < std::min<int64_t>(TILE, count - o); ++i) found[(o * rows + r * TILE) + i] += bias[o + i];
 }
+
+// `count` output rows of what a level's product found, to rows of `out`.
+void place(const float* found, int rows, int64_t count, char* out, int64_t stride) {
+    for (int64_t o = 0; o < count; o += TILE)
+        for (int r = 0; r < rows; ++r)
+            std::copy_n(found + o * rows + r * TILE, std::min<int64_t>(TILE, count - o), reinterpret_cast<float*>(out + r * stride) + o);
+}
+
+// Output rows that a product of a bundle takes at once: one row of activations streams on over many tiles.
+int64_t span(int rows) { return FLOATS / rows / PAIR * PAIR; }
+
+// Asks for the beginning of a run of tiles; the kernels ask for the rest.
+void touch(const MatrixRef& w, int64_t row) {
+    const auto begin = [&](const uint8_t* part, Format format) {
+        const uint8_t* at = part + row / TILE * tile_bytes(format, w.cols, w.group);
+        for (int i = 0; i < AHEAD; i += 64) __builtin_prefetch(at + i);
+    };
+    begin(w.data, w.format);
+    if (w.third) begin(w.third, Format::tiles_sign);
+    if (w.fourth) begin(w.fourth, Format::tiles_sign);
+}
+
+int tiles(int64_t count) { return static_cast<int>((count + TILE - 1) / TILE); }
 
 struct Body {
     const FfnCall& call;
@@ -85,39 +118,44 @@ struct Body {
     void up(const Segment& s, int64_t from, int64_t to, int) const {
         const Expert& e = *s.expert;
         Buffers& own = own_buffers();
-        for (int64_t f = from; f < to; f += PAIR)
-            bundles(s.end - s.begin, [&](int64_t first, int rows) {
-                const Bundle x = space.x.bundle(s.first + first, rows, width_blocks);
-                for (int half = 0; half < 2; ++half) {
-                    const int64_t at = f + half * TILE;
-                    if (e.gated) {
-                        level.packed->product(e.gate, at / TILE, x, own.gate[half]);
-                        if (e.gate_bias) add(own.gate[half], rows, TILE, e.gate_bias + at);
-                    }
-                    level.packed->product(e.up, at / TILE, x, own.up[half]);
-                    if (e.up_bias) add(own.up[half], rows, TILE, e.up_bias + at);
+        if (e.gated) touch(e.gate, from);
+        touch(e.up, from);
+        bundles(s.end - s.begin, [&](int64_t first, int rows) {
+            const Bundle x = space.x.bundle(s.first + first, rows, width_blocks);
+            for (int64_t f = from, count; f < to; f += count) {
+                count = std::min(span(rows), to - f);
+                if (e.gated) {
+                    level.packed->product(e.gate, f / TILE, tiles(count), x, own.gate);
+                    if (e.gate_bias) add(own.gate, rows, count, e.gate_bias + f);
                 }
+                level.packed->product(e.up, f / TILE, tiles(count), x, own.up);
+                if (e.up_bias) add(own.up, rows, count, e.up_bias + f);
+                level.activate(e.gated ? own.gate : nullptr, own.up, static_cast<int>(count * rows), call.activation, call.limit,
+                               call.alpha, own.hidden);
                 for (int r = 0; r < rows; ++r) {
-                    for (int half = 0; half < 2; ++half)
-                        level.activate(e.gated ? own.gate[half] + r * TILE : nullptr, own.up[half] + r * TILE, TILE, call.activation,
-                                       call.limit, call.alpha, own.hidden + half * TILE);
-                    space.hidden.put(*level.packed, own.hidden, s.first + first, r, rows, inner_blocks, f / STEP, 1);
+                    float row[PAIR];
+                    for (int64_t o = 0; o < count; o += PAIR) {
+                        for (int half = 0; half < 2; ++half)
+                            std::copy_n(own.hidden + ((o + half * TILE) * rows + r * TILE), TILE, row + half * TILE);
+                        space.hidden.put(*level.packed, row, s.first + first, r, rows, inner_blocks, (f + o) / STEP, 1);
+                    }
                 }
-            });
+            }
+        });
     }
 
     void down(const Segment& s, int64_t from, int64_t to, int) const {
         const Expert& e = *s.expert;
-        Buffers& own = own_buffers();
-        for (int64_t d = from; d < to; d += TILE)
-            bundles(s.end - s.begin, [&](int64_t first, int rows) {
-                float* found = own.up[0];
-                level.packed->product(e.down, d / TILE, space.hidden.bundle(s.first + first, rows, inner_blocks), found);
-                const int64_t count = std::min<int64_t>(TILE, to - d);
+        float* found = own_buffers().up;
+        touch(e.down, from);
+        bundles(s.end - s.begin, [&](int64_t first, int rows) {
+            for (int64_t d = from, count; d < to; d += count) {
+                count = std::min(span(rows), to - d);
+                level.packed->product(e.down, d / TILE, tiles(count), space.hidden.bundle(s.first + first, rows, inner_blocks), found);
                 if (e.down_bias) add(found, rows, count, e.down_bias + d);
-                auto* out = reinterpret_cast<char*>(call.out) + (s.begin + first) * call.out_stride + d * 4;
-                for (int r = 0; r < rows; ++r) std::copy_n(found + r * TILE, count, reinterpret_cast<float*>(out + r * call.out_stride));
-            });
+                place(found, rows, count, reinterpret_cast<char*>(call.out) + (s.begin + first) * call.out_stride + d * 4, call.out_stride);
+            }
+        });
     }
 };
 
@@ -146,6 +184,10 @@ void run_wave(const FfnCall& call, Workspace& space, int64_t rows) {
         std::vector<float> scaled(call.input_weight ? static_cast<size_t>(width) : 0);
         for (int64_t i = from; i < to; ++i) {
             const int64_t n = begin + i;
+            if (i > from && !call.input_weight && call.rows[n] == call.rows[n - 1] && places[i].rows == 1 && places[i - 1].rows == 1) {
+                space.x.repeat(i, blocks);  // one token for several experts
+                continue;
+            }
             const auto* x = reinterpret_cast<const float*>(reinterpret_cast<const char*>(call.x) + call.rows[n] * call.x_stride);
             if (call.input_weight) {
                 for (int64_t d = 0; d < width; ++d) scaled[d] = x[d] * call.input_weight[n];
@@ -203,19 +245,18 @@ void packed_linears(const float* x, int64_t x_stride, int64_t rows, const std::v
         total += (job.weight->rows + step - 1) / step;
     }
     parallel(threads, total, 1, [&](int64_t begin, int64_t end) {
-        float* found = own_buffers().up[0];
+        float* found = own_buffers().up;
         for (int64_t task = begin; task < end; ++task) {
             const size_t j = static_cast<size_t>(std::upper_bound(starts.begin(), starts.end(), task) - starts.begin()) - 1;
             const LinearJob& job = jobs[j];
             const int64_t from = (task - starts[j]) * steps[j], to = std::min(from + steps[j], job.weight->rows);
-            for (auto& [first, count] : all)
-                for (int64_t o = from; o < to; o += TILE) {
-                    level.product(*job.weight, o / TILE, space.bundle(first, count, blocks), found);
-                    const int64_t some = std::min<int64_t>(TILE, to - o);
-                    if (job.bias) add(found, count, some, job.bias + o);
-                    auto* out = reinterpret_cast<char*>(job.out) + first * job.out_stride + o * 4;
-                    for (int r = 0; r < count; ++r)
-                        std::copy_n(found + r * TILE, some, reinterpret_cast<float*>(out + r * job.out_stride));
+            touch(*job.weight, from);
+            for (auto& [first, rows] : all)
+                for (int64_t o = from, some; o < to; o += some) {
+                    some = std::min(span(rows), to - o);
+                    level.product(*job.weight, o / TILE, tiles(some), space.bundle(first, rows, blocks), found);
+                    if (job.bias) add(found, rows, some, job.bias + o);
+                    place(found, rows, some, reinterpret_cast<char*>(job.out) + first * job.out_stride + o * 4, job.out_stride);
                 }
         }
     });

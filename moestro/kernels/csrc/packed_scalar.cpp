@@ -1,6 +1,7 @@
 // Packed tiles in portable C++: 16 rows in an array.
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "half.hpp"
 #include "packed.hpp"
@@ -10,7 +11,8 @@ namespace {
 
 struct D {
     static constexpr int LANES = 16;     // rows of a register, a divisor of TILE
-    static constexpr int INT8_ZERO = 0;  // what dot_signed adds to each weight
+    static constexpr int INT8_ZERO = 0;  // what Sum<-1> adds to each weight
+    static constexpr int ROWS = 1;       // rows multiplied together
     struct Bytes {
         uint8_t v[4 * LANES];
     };
@@ -50,16 +52,15 @@ struct D {
         static const uint8_t table[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
         return each<Bytes>([&](int i) { return table[code.v[i]]; });
     }
-    template <class Sign>
-    static Ints sums(const Bytes* w, const Bytes* a) {
-        Ints out{};
-        for (int j = 0; j < STEP / 4; ++j)
-            for (int i = 0; i < 4 * LANES; ++i) out.v[i / 4] += static_cast<Sign>(w[j].v[i]) * static_cast<int8_t>(a[j].v[i]);
-        return out;
-    }
-    template <int LARGEST>  // no code is larger
-    static Ints dot(const Bytes* w, const Bytes* a) { return sums<uint8_t>(w, a); }
-    static Ints dot_signed(const Bytes* w, const Bytes* a) { return sums<int8_t>(w, a); }
+    template <int LARGEST>  // no code is larger; -1: codes with signs
+    struct Sum {
+        Ints sum{};
+        void add(int, const Bytes& w, const Bytes& a) {
+            using Code = std::conditional_t<LARGEST == -1, int8_t, uint8_t>;
+            for (int i = 0; i < 4 * LANES; ++i) sum.v[i / 4] += static_cast<Code>(w.v[i]) * static_cast<int8_t>(a.v[i]);
+        }
+        const Ints& total() const { return sum; }
+    };
 
     static Ints set(int32_t s) { return each<Ints>([=](int) { return s; }); }
     static Ints wide(const uint8_t* p) { return each<Ints>([=](int i) { return p[i]; }); }

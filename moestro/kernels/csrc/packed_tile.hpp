@@ -1,7 +1,8 @@
 // The arithmetic of packed tiles, for the vector type D of the including file (see packed_scalar.cpp for what D must offer).
 //
 // The law: STEP products are summed as whole numbers, which is exact in any order; then each plane adds
-// dot * (weight scale * activation scale) to its row's sum with one fused multiply-add, block after block.
+// dot * (weight scale * activation scale) to its row's sum with one fused multiply-add, block after block. The minimums of uint4
+// are a second plane of ones.
 #pragma once
 #include <cstdint>
 
@@ -16,14 +17,13 @@ using Floats = D::Floats;  // LANES rows
 
 constexpr int PARTS = TILE / D::LANES;  // registers per tile
 constexpr int WORDS = STEP / 4;         // registers of codes per step and part
-constexpr int AHEAD = 2560;             // bytes that are asked for before their turn (measured); hardware prefetch stops at each page
 
 // Register `j` of part `part`: inputs 4 j to 4 j + 3, as codes without sign; int8 alone is signed.
 template <Format F>
 inline Bytes word(const uint8_t* p, int part, int j) {
     const auto at = [&](int w) { return D::load(p + 4 * TILE * w + 4 * D::LANES * part); };
     if constexpr (F == Format::tiles_int8) return at(j);
-    if constexpr (F == Format::tiles_int4) return D::bits(at(j / 2), j % 2 * 4, 15);
+    if constexpr (F == Format::tiles_int4 || F == Format::tiles_uint4) return D::bits(at(j / 2), j % 2 * 4, 15);
     if constexpr (F == Format::tiles_mxfp4) return D::mxfp4(D::bits(at(j / 2), j % 2 * 4, 15));  // twice the value, and 12
     if constexpr (F == Format::tiles_int2 || F == Format::tiles_nested) return D::bits(at(j / 4), j % 4 * 2, 3);
     if constexpr (F == Format::tiles_sign) return D::bits(at(0), j, 1);
@@ -34,21 +34,23 @@ inline Bytes word(const uint8_t* p, int part, int j) {
 }
 
 template <Format F>
-constexpr int largest_code = F == Format::tiles_int4 ? 15 : F == Format::tiles_mxfp4 ? 24 : F == Format::tiles_int3 ? 7 : 3;
+constexpr int largest_code = F == Format::tiles_int4 || F == Format::tiles_uint4 ? 15 : F == Format::tiles_mxfp4 ? 24 : F == Format::tiles_int3 ? 7 : 3;
 
+// The sum of STEP products per row, taken word by word.
 template <Format F>
-inline Ints dot(const Bytes* w, const Bytes* a) {
-    if constexpr (F == Format::tiles_int8)
-        return D::dot_signed(w, a);
-    else
-        return D::template dot<largest_code<F>>(w, a);
-}
+struct Dot {
+    static constexpr bool SIGNED = F == Format::tiles_int8;
+    D::Sum<SIGNED ? -1 : largest_code<F>> sum;
+    void add(int j, Bytes w, Bytes a) { sum.add(j, w, a); }
+    Ints total() const { return sum.total(); }
+};
 
 // Scales of a unit, and what turns the sum of codes x activations into the dot product in units of them.
 template <Format F>
 struct Unit {
     Floats scale[PARTS];
     Ints zero[PARTS];
+    Floats minimum[PARTS];
     explicit Unit(const uint8_t* head) {
         for (int i = 0; i < PARTS; ++i) {
             if constexpr (F == Format::tiles_mxfp4)
@@ -59,6 +61,7 @@ struct Unit {
                 scale[i] = D::mul(scale[i], D::set(1.0f / 64));
                 zero[i] = D::wide(head + 2 * TILE + D::LANES * i);
             }
+            if constexpr (F == Format::tiles_uint4) minimum[i] = D::halves(head + 2 * TILE + 2 * D::LANES * i);
         }
     }
     Ints whole(Ints dot, Ints sum, int part) const {
@@ -69,42 +72,88 @@ struct Unit {
         if constexpr (F == Format::tiles_int2) return D::minus(D::left(dot, 1), D::times(sum, D::set(3)));
         if constexpr (F == Format::tiles_sign) return D::minus(D::left(dot, 1), sum);
         if constexpr (F == Format::tiles_nested) return D::minus(D::left(dot, 6), D::times(sum, zero[part]));
+        if constexpr (F == Format::tiles_uint4) return dot;
+    }
+    // `sums` and what a step adds: `total` is the sum of its activations' codes, `by` their scale.
+    Floats added(Ints dot, Ints total, Floats by, int part, Floats sums) const {
+        sums = D::fma(D::to_float(whole(dot, total, part)), D::mul(scale[part], by), sums);
+        if constexpr (F == Format::tiles_uint4) sums = D::fma(D::to_float(total), D::mul(minimum[part], by), sums);
+        return sums;
     }
 };
 
-// One step of one plane for one row; its sums stay in registers.
+// One step of one plane for one row; its sums stay in registers. Word by word for all parts: in another order it takes half as long again.
 template <Format F>
-inline void add_single(const uint8_t* p, const Unit<F>& unit, const Bytes* a, Floats by, Ints sum, Floats* sums) {
-#pragma GCC unroll 4
-    for (int part = 0; part < PARTS; ++part) {
-        Bytes w[WORDS];
+inline void add_single(const uint8_t* p, const Unit<F>& unit, const int8_t* codes, Floats by, Ints total, Floats* sums) {
+    Dot<F> dots[PARTS];
 #pragma GCC unroll 8
-        for (int j = 0; j < WORDS; ++j) w[j] = word<F>(p, part, j);
-        sums[part] = D::fma(D::to_float(unit.whole(dot<F>(w, a), sum, part)), D::mul(unit.scale[part], by), sums[part]);
+    for (int j = 0; j < WORDS; ++j) {
+        const Bytes a = D::broadcast(codes + 4 * j);
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; ++part) dots[part].add(j, word<F>(p, part, j), a);
+    }
+#pragma GCC unroll 4
+    for (int part = 0; part < PARTS; ++part)
+        sums[part] = unit.added(dots[part].total(), total, by, part, sums[part]);
+}
+
+// One step of one plane for R rows; their sums are in memory. words(part, j) gives the codes.
+template <Format F, int R, class Words>
+inline void add_rows(Words&& words, const Unit<F>& unit, const int8_t* codes, const float* scales, const int32_t* totals, float* sums) {
+    Dot<F> dots[R][PARTS];
+#pragma GCC unroll 8
+    for (int j = 0; j < WORDS; ++j) {
+        Bytes w[PARTS];
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; ++part) w[part] = words(part, j);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const Bytes a = D::broadcast(codes + r * STEP + 4 * j);
+#pragma GCC unroll 4
+            for (int part = 0; part < PARTS; ++part) dots[r][part].add(j, w[part], a);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+        const Floats by = D::set(scales[r]);
+        const Ints total = D::set(totals[r]);
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; ++part) {
+            float* to = sums + r * TILE + part * D::LANES;
+            D::store(to, unit.added(dots[r][part].total(), total, by, part, D::load_floats(to)));
+        }
     }
 }
 
-// One step of one plane for all rows of a bundle; its sums are in memory.
+// Few rows take the codes as they are read.
+template <Format F, int R>
+inline void add_few(int rows, const uint8_t* p, const Unit<F>& unit, const int8_t* codes, const float* scales, const int32_t* totals,
+                    float* sums) {
+    if (rows == R) return add_rows<F, R>([p](int part, int j) { return word<F>(p, part, j); }, unit, codes, scales, totals, sums);
+    if constexpr (R > 1) add_few<F, R - 1>(rows, p, unit, codes, scales, totals, sums);
+}
+
+// One step of one plane for all rows of a bundle, more than one.
 template <Format F>
 inline void add_many(const uint8_t* p, const Unit<F>& unit, const Bundle& x, int64_t block, float* sums) {
+    constexpr int R = D::ROWS, PASS = 4, FEW = 12;  // measured: unpacking thrice costs less than keeping what was unpacked
     const int rows = x.rows;
     const int8_t* codes = x.codes + block * rows * STEP;
     const float* scales = x.scales + block * rows;
     const int32_t* totals = x.sums + block * rows;
-#pragma GCC unroll 4
-    for (int part = 0; part < PARTS; ++part) {
-        Bytes w[WORDS];
-#pragma GCC unroll 8
-        for (int j = 0; j < WORDS; ++j) w[j] = word<F>(p, part, j);
-        for (int r = 0; r < rows; ++r) {
-            Bytes a[WORDS];
-#pragma GCC unroll 8
-            for (int j = 0; j < WORDS; ++j) a[j] = D::broadcast(codes + r * STEP + 4 * j);
-            float* to = sums + r * TILE + part * D::LANES;
-            const Floats found = D::to_float(unit.whole(dot<F>(w, a), D::set(totals[r]), part));
-            D::store(to, D::fma(found, D::mul(unit.scale[part], D::set(scales[r])), D::load_floats(to)));
-        }
+    if (rows <= FEW) {
+        for (int r = 0; r < rows; r += PASS)
+            add_few<F, PASS>(rows - r < PASS ? rows - r : PASS, p, unit, codes + r * STEP, scales + r, totals + r, sums + r * TILE);
+        return;
     }
+    Bytes w[PARTS][WORDS];
+    for (int part = 0; part < PARTS; ++part)
+#pragma GCC unroll 8
+        for (int j = 0; j < WORDS; ++j) w[part][j] = word<F>(p, part, j);
+    const auto words = [&w](int part, int j) { return w[part][j]; };
+    int r = 0;
+    for (; r + R <= rows; r += R) add_rows<F, R>(words, unit, codes + r * STEP, scales + r, totals + r, sums + r * TILE);
+    for (; r < rows; ++r) add_rows<F, 1>(words, unit, codes + r * STEP, scales + r, totals + r, sums + r * TILE);
 }
 
 // A tile's planes as they are read: the base, and EXTRA planes of nested weights.
@@ -132,74 +181,76 @@ struct Streams {
 };
 
 template <Format F, int EXTRA>
-void single(const MatrixRef& w, int64_t tile, const Bundle& x, float* out) {
+void single(const MatrixRef& w, int64_t tile, int count, const Bundle& x, float* out) {
     using S = Streams<F, EXTRA>;
     S s(w, tile);
-    const int8_t* codes = x.codes;
-    const float *scales = x.scales, *end = x.scales + w.cols / STEP;
-    const int32_t* totals = x.sums;
+    const float* const end = x.scales + w.cols / STEP;
     const int steps = w.group / STEP;
-    Floats sums[PARTS];
-    for (auto& sum : sums) sum = D::set(0.0f);
-    while (scales != end) {
-        const Unit<F> unit(s.p);
-        const Unit<S::SIGN> third(EXTRA > 0 ? s.q[0] : s.p), fourth(EXTRA > 1 ? s.q[1] : s.p);
-        s.head();
-        for (int i = 0; i < steps; ++i) {
-            s.prefetch();
-            Bytes a[WORDS];
-#pragma GCC unroll 8
-            for (int j = 0; j < WORDS; ++j) a[j] = D::broadcast(codes + 4 * j);
-            const Floats by = D::set(*scales++);
-            const Ints total = D::set(*totals++);
-            codes += STEP;
-            add_single<F>(s.p, unit, a, by, total, sums);
-            if constexpr (EXTRA > 0) add_single<S::SIGN>(s.q[0], third, a, by, total, sums);
-            if constexpr (EXTRA > 1) add_single<S::SIGN>(s.q[1], fourth, a, by, total, sums);
-            s.step();
+    for (int t = 0; t < count; ++t, out += TILE) {
+        const int8_t* codes = x.codes;
+        const float* scales = x.scales;
+        const int32_t* totals = x.sums;
+        Floats sums[PARTS];
+        for (auto& sum : sums) sum = D::set(0.0f);
+        while (scales != end) {
+            const Unit<F> unit(s.p);
+            const Unit<S::SIGN> third(EXTRA > 0 ? s.q[0] : s.p), fourth(EXTRA > 1 ? s.q[1] : s.p);
+            s.head();
+            for (int i = 0; i < steps; ++i) {
+                s.prefetch();
+                const Floats by = D::set(*scales++);
+                const Ints total = D::set(*totals++);
+                add_single<F>(s.p, unit, codes, by, total, sums);
+                if constexpr (EXTRA > 0) add_single<S::SIGN>(s.q[0], third, codes, by, total, sums);
+                if constexpr (EXTRA > 1) add_single<S::SIGN>(s.q[1], fourth, codes, by, total, sums);
+                codes += STEP;
+                s.step();
+            }
         }
+        for (int part = 0; part < PARTS; ++part) D::store(out + part * D::LANES, sums[part]);
     }
-    for (int part = 0; part < PARTS; ++part) D::store(out + part * D::LANES, sums[part]);
 }
 
 template <Format F, int EXTRA>
-void many(const MatrixRef& w, int64_t tile, const Bundle& x, float* out) {
+void many(const MatrixRef& w, int64_t tile, int count, const Bundle& x, float* out) {
     using S = Streams<F, EXTRA>;
     S s(w, tile);
     const int64_t blocks = w.cols / STEP;
     const int steps = w.group / STEP;
-    for (int i = 0; i < x.rows * TILE; ++i) out[i] = 0.0f;
-    for (int64_t b = 0; b < blocks;) {
-        const Unit<F> unit(s.p);
-        const Unit<S::SIGN> third(EXTRA > 0 ? s.q[0] : s.p), fourth(EXTRA > 1 ? s.q[1] : s.p);
-        s.head();
-        for (int i = 0; i < steps; ++i, ++b) {
-            s.prefetch();
-            add_many<F>(s.p, unit, x, b, out);
-            if constexpr (EXTRA > 0) add_many<S::SIGN>(s.q[0], third, x, b, out);
-            if constexpr (EXTRA > 1) add_many<S::SIGN>(s.q[1], fourth, x, b, out);
-            s.step();
+    for (int i = 0; i < count * x.rows * TILE; ++i) out[i] = 0.0f;
+    for (int t = 0; t < count; ++t, out += x.rows * TILE)
+        for (int64_t b = 0; b < blocks;) {
+            const Unit<F> unit(s.p);
+            const Unit<S::SIGN> third(EXTRA > 0 ? s.q[0] : s.p), fourth(EXTRA > 1 ? s.q[1] : s.p);
+            s.head();
+            for (int i = 0; i < steps; ++i, ++b) {
+                s.prefetch();
+                add_many<F>(s.p, unit, x, b, out);
+                if constexpr (EXTRA > 0) add_many<S::SIGN>(s.q[0], third, x, b, out);
+                if constexpr (EXTRA > 1) add_many<S::SIGN>(s.q[1], fourth, x, b, out);
+                s.step();
+            }
         }
-    }
 }
 
 template <Format F, int EXTRA = 0>
-void product_of(const MatrixRef& w, int64_t tile, const Bundle& x, float* out) {
-    if (x.rows == 1) return single<F, EXTRA>(w, tile, x, out);
-    many<F, EXTRA>(w, tile, x, out);
+void product_of(const MatrixRef& w, int64_t tile, int count, const Bundle& x, float* out) {
+    if (x.rows == 1) return single<F, EXTRA>(w, tile, count, x, out);
+    many<F, EXTRA>(w, tile, count, x, out);
 }
 
-void product(const MatrixRef& w, int64_t tile, const Bundle& x, float* out) {
+void product(const MatrixRef& w, int64_t tile, int count, const Bundle& x, float* out) {
     switch (w.format) {
-        case Format::tiles_int8: return product_of<Format::tiles_int8>(w, tile, x, out);
-        case Format::tiles_int4: return product_of<Format::tiles_int4>(w, tile, x, out);
-        case Format::tiles_int3: return product_of<Format::tiles_int3>(w, tile, x, out);
-        case Format::tiles_int2: return product_of<Format::tiles_int2>(w, tile, x, out);
-        case Format::tiles_mxfp4: return product_of<Format::tiles_mxfp4>(w, tile, x, out);
+        case Format::tiles_int8: return product_of<Format::tiles_int8>(w, tile, count, x, out);
+        case Format::tiles_int4: return product_of<Format::tiles_int4>(w, tile, count, x, out);
+        case Format::tiles_int3: return product_of<Format::tiles_int3>(w, tile, count, x, out);
+        case Format::tiles_int2: return product_of<Format::tiles_int2>(w, tile, count, x, out);
+        case Format::tiles_mxfp4: return product_of<Format::tiles_mxfp4>(w, tile, count, x, out);
         case Format::tiles_nested:
-            if (w.fourth) return product_of<Format::tiles_nested, 2>(w, tile, x, out);
-            if (w.third) return product_of<Format::tiles_nested, 1>(w, tile, x, out);
-            return product_of<Format::tiles_nested, 0>(w, tile, x, out);
+            if (w.fourth) return product_of<Format::tiles_nested, 2>(w, tile, count, x, out);
+            if (w.third) return product_of<Format::tiles_nested, 1>(w, tile, count, x, out);
+            return product_of<Format::tiles_nested, 0>(w, tile, count, x, out);
+        case Format::tiles_uint4: return product_of<Format::tiles_uint4>(w, tile, count, x, out);
         default: return;
     }
 }

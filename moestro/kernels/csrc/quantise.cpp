@@ -1,4 +1,4 @@
-// Weights to int8, int4 and MXFP4; the same bytes as the numpy reference.
+// Weights to int8, int4, MXFP4 and uint4; the same bytes as the numpy reference.
 #include <atomic>
 #include <cmath>
 
@@ -49,6 +49,20 @@ bool scaled_group(const float* w, int kind, int group, uint8_t* data, void* scal
     return true;
 }
 
+// Pairs of a scale and a minimum; false when one is not finite.
+bool uint4_group(const float* w, int group, uint8_t* data, uint16_t* pair) {
+    float low = w[0], high = w[0];
+    for (int i = 1; i < group; ++i) low = w[i] < low ? w[i] : low, high = w[i] > high ? w[i] : high;
+    pair[0] = to_half((high - low) / 15.0f);
+    pair[1] = to_half(low + 0.0f);  // no negative zero
+    const float scale = from_half(pair[0]), minimum = from_half(pair[1]);
+    if (!std::isfinite(scale) || !std::isfinite(minimum)) return false;
+    int whole[128];
+    for (int i = 0; i < group; ++i) whole[i] = scale == 0 ? 0 : static_cast<int>(rounded(limited((w[i] - minimum) / scale, 0, 15)));
+    for (int i = 0; i < group; i += 2) data[i / 2] = static_cast<uint8_t>(whole[i] | whole[i + 1] << 4);
+    return true;
+}
+
 void mxfp4_group(const float* w, int group, uint8_t* data, uint8_t* scale) {
     const float top = largest(w, group);
     int exponent = 0;
@@ -72,10 +86,14 @@ bool quantise(const float* w, int64_t rows, int64_t cols, int kind, int group, v
     parallel(threads, rows, std::max<int64_t>(1, (16 << 10) / std::max<int64_t>(1, cols)), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin * groups; i < end * groups; ++i) {
             auto* to = static_cast<uint8_t*>(data) + i * bytes;
-            if (kind == 2)
+            bool fine = true;
+            if (kind == 3)
+                fine = uint4_group(w + i * group, group, to, static_cast<uint16_t*>(scales) + 2 * i);
+            else if (kind == 2)
                 mxfp4_group(w + i * group, group, to, static_cast<uint8_t*>(scales) + i);
-            else if (!scaled_group(w + i * group, kind, group, to, scales, i, half_scales))
-                good.store(false, std::memory_order_relaxed);
+            else
+                fine = scaled_group(w + i * group, kind, group, to, scales, i, half_scales);
+            if (!fine) good.store(false, std::memory_order_relaxed);
         }
     });
     return good.load();

@@ -1,8 +1,8 @@
 """Turning an expert into another number format, by the codec's name.
 
-'f32', 'f16' and 'bf16' keep rows of plain numbers; 'int8:G', 'int4:G', 'int3:G', 'int2:G', 'mxfp4' and 'nested:G' are tiles of
-few-bit weights (kernels.packed), where G weights share a scale and activations are rounded to 8 bits. 'stored' is what the
-checkpoint holds, its own bytes and arithmetic. 'nested:G' holds 2 bits inside 3 inside 4; 'nested:G/3' is its first 3 bits.
+'f32', 'f16' and 'bf16' keep rows of plain numbers; 'int8:G', 'int4:G', 'uint4:G', 'int3:G', 'int2:G', 'mxfp4' and 'nested:G' are
+tiles of few-bit weights (kernels.packed), where G weights share a scale (and a minimum in 'uint4') and activations are rounded to 8
+bits. 'stored' is what the checkpoint holds, its own bytes and arithmetic. 'nested:G' holds 2 bits inside 3 inside 4; 'nested:G/3' is its first 3 bits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moestro.kernels.ffn import ExpertView, Matrix
 from moestro.kernels.packed import GROUPS, Packed, pack, quantise
 
 PLAIN = ("f32", "f16", "bf16")
-GROUPED = ("int8", "int4", "int3", "int2", "nested")
+GROUPED = ("int8", "int4", "uint4", "int3", "int2", "nested")
 CODECS = ("stored", *PLAIN, *(f"{kind}:{g}" for kind in GROUPED for g in GROUPS), "mxfp4")
 TILED_MXFP4 = "mxfp4:32"  # what a checkpoint holds when it is MXFP4 in tiles; its rows of MXFP4 are 'mxfp4'
 PLANES = (2, 3, 4)  # how many bits of a nested weight may be used
