@@ -19,6 +19,10 @@ LEFT_OUT = {  # methods of the catalogue that are no contender, and why
     "layers.architectures.encoder": "reads later tokens",
     "layers.architectures.dit": "image diffusion; reads later tokens",
     "layers.routers.moiie": "routes images and text apart; there are no images here",
+    "layers.architectures.modality": "routes images and text apart; there are no images here",
+    "layers.architectures.task_level": "not measured yet",
+    "layers.routers.languages": "not measured yet",
+    "layers.routers.union": "not measured yet",
 }
 
 
