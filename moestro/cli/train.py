@@ -31,7 +31,7 @@ EPILOG = """Examples:
   torchrun --nproc-per-node 2 -m moestro train mixed -o ./run
 
 --data is [DOMAIN=]WHERE: a text, JSON-lines or Parquet file, a folder, a pattern with *, installed[:DOMAIN] (what this
-Python carries), samples:NAME (small labelled data of packages: digits, characters), or hub:org/name[@revision][:PATTERN]. The run's folder gets model/ (weights, configuration, tokenizer),
+Python carries), samples:NAME (small labelled data of packages: digits, characters, locales), or hub:org/name[@revision][:PATTERN]. The run's folder gets model/ (weights, configuration, tokenizer),
 log.jsonl (every step), train.json, checkpoints/ and tokens/. Ctrl-C ends after the current step with a checkpoint."""
 
 
@@ -40,7 +40,8 @@ def train(
         str | None,
         typer.Argument(
             metavar="[CONFIG]",
-            help="A JSON file, or a recipe: tiny, mixed, digits, dit, hecto, home, moiie, openmoe, promoe, tasks, unipool.",
+            help="A JSON file, or a recipe: tiny, mixed, digits, dit, hecto, home, hyperformer, languages, modality, moiie, openmoe, "
+            "promoe, task_level, tasks, union, unipool.",
             show_default=False,
         ),
     ] = None,

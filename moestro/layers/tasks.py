@@ -16,6 +16,8 @@ def task_of(ctx: RouteContext, tokens: int, tasks: int) -> Tensor:
         return torch.zeros(tokens, dtype=torch.int64)
     if len(task_T) and int(task_T.max()) >= tasks:
         raise InputError(
-            f"task {int(task_T.max())} of a model for {tasks}", expected=f"0 to {tasks - 1}", fix="the method's option"
+            f"task {int(task_T.max())} of a model for {tasks}",
+            expected=f"0 to {tasks - 1}",
+            fix="the method's option tasks or groups",
         )
     return task_T

@@ -40,6 +40,13 @@ def test_people_meet_both_ways():
     assert {f"{row[4]}<#{row[3]}{row[0]}" for row in rows if row[1] == ">"} == {row for row in rows if row[1] == "<"}
 
 
+def test_the_encoding_of_a_language_depends_on_its_qualifiers():
+    rows = [row for _, row in read("samples:locales")]
+    assert len(rows) > 250 and {len(row) for row in rows} == {10} and {(row[3:5], row[7]) for row in rows} == {(">@", "~")}
+    of = {row[:9]: row[9] for row in rows}
+    assert of["de >@DE~-"] == of["en >@GB~-"] != of["en >@NG~-"] == of["sr >@RS~l"], "Latin-1, and UTF-8"
+
+
 def test_the_loss_is_of_the_label_only_and_the_label_is_not_read():
     module, rng = build(CONFIG).train(), torch.Generator().manual_seed(0)
     some = batch()

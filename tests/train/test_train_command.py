@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import torch
 from moestro.cli.main import main
 from moestro.models.tokenizer import Tokenizer
 from moestro.models.trained import load_trained
+from moestro.train.config import recipes
 from moestro.train.log import read
+from tests.house.source import ROOT
 
 MODEL = ["d_model=16", "layers=1", "heads=2", "num_experts=4", "d_expert=8"]
 SMALL = ["batch=4", "data.length=16", *(f"model.{row}" for row in MODEL), "data.weights={}", "evaluate_sequences=2"]
@@ -67,6 +70,14 @@ def test_a_run_from_data_to_model(train, text, tmp_path, capsys):
         with torch.no_grad():
             ids.append(int(module(torch.tensor([ids])).logits_BTV[0, -1].argmax()))
     assert ran["answers"][0]["tokens"] == ids[7:]
+
+
+def test_the_help_and_the_how_to_name_every_recipe(capsys):
+    assert main(["train", "--help"]) == 0
+    told = set(re.findall(r"\w+", capsys.readouterr().out.partition("or a recipe:")[2].partition(".")[0]))
+    table = (ROOT / "docs/howto/train-a-model.md").read_text().partition("## Recipes")[2].partition("\n## ")[0]
+    listed = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
+    assert told == set(listed) == set(recipes()) and len(listed) == len(set(listed))
 
 
 def test_a_family_that_cannot_express_the_model_is_refused_before_training(train, text, tmp_path):

@@ -5,7 +5,7 @@ Idea       On small structured data (statements of a knowledge graph) a wide fee
 Rule       z = x W + b; S = the k largest; g = softmax of z over S; y = sum g_e (W2_e relu(W1_e x + b1_e) + b2_e); no balance loss
 Needs      num_experts (64), top_k (2), d_expert of the configuration; its router, activation, gated and bias are not read
 Gives      a block
-Departs    The model around it (neighbour aggregation, convolution of pairs) is not built: the recipe `characters` predicts the missing end of statements
+Departs    The model around it (neighbour aggregation, convolution of pairs) is not built: the recipe `hyperformer` predicts the end of statements with qualifiers
            with an encoder and these layers. Initial weights follow the model's init_std
 Checked    all and equal experts are one dense layer; gates sum to 1; recipe trained
 """

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moestro.core.errors import InputError
 from moestro.core.method import method
 from moestro.core.routing import RouteContext
 from moestro.layers.losses.importance import squared_variation
@@ -28,6 +27,7 @@ from moestro.layers.routers.noisy_topk import load
 from moestro.layers.schedule import Scheduled, read, value_at
 from moestro.layers.site import Site, require
 from moestro.layers.stages import Combine, TopK, softmax
+from moestro.layers.tasks import task_of
 
 
 class TaskGates(nn.Module):
@@ -57,16 +57,6 @@ class TaskGates(nn.Module):
             return logits_TE
         ctx.notes["clean_TE"] = logits_TE
         return logits_TE + self.sigma * torch.randn(logits_TE.shape, generator=ctx.rng, device=x_TD.device)
-
-
-def task_of(ctx: RouteContext, tokens: int, tasks: int) -> Tensor:
-    """task_T. Raises InputError for a task that the model does not have."""
-    task_T = ctx.carry.get("domain_T")
-    if task_T is None:
-        return torch.zeros(tokens, dtype=torch.int64)
-    if len(task_T) and int(task_T.max()) >= tasks:
-        raise InputError(f"task {int(task_T.max())} of a model for {tasks}", expected=f"0 to {tasks - 1}", fix="the option tasks")
-    return task_T
 
 
 class PerTask(nn.Module):

@@ -8,11 +8,14 @@ All documents of a source have one length n, so with data.length = n + 1 (the en
                more ink
   characters   who meets whom in Les Miserables (networkx; Knuth 1993): head, the relation '>' or '<', a qualifier key '#', how often,
                then the tail; people are single characters
+  locales      which encoding a language has in a country (Python's locale table): language, '>', '@' and the country, '~' and the variant
+               ('-' for none), then the encoding, a single character; country and variant decide for the languages that have several
 The same versions of the packages give the same text every time.
 """
 
 from __future__ import annotations
 
+import locale
 from collections.abc import Callable, Iterator
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +24,7 @@ from moestro.core.errors import InputError
 
 LEVELS = "".join(chr(14 + level) for level in range(17))  # control characters, grey level 0 to 16
 LEVEL_IDS = (14, 31)  # their ids in the byte tokenizer: first, and after the last
-_FIRST_PERSON = 40  # '('; before it stand the marks of relation and qualifier
+_FIRST = 40  # '(': what a package names at length gets one character from here on, in the order of the names
 
 
 def read(name: str, domain: str = "") -> Iterator[tuple[str, str]]:
@@ -48,11 +51,24 @@ def _digits(label: Callable[[Any, int], str]) -> Callable[[], Iterator[str]]:
 
 def _characters() -> Iterator[str]:
     graph = _package("networkx", "networkx").les_miserables_graph()
-    people = {name: chr(_FIRST_PERSON + i) for i, name in enumerate(sorted(graph))}
+    people = {name: chr(_FIRST + i) for i, name in enumerate(sorted(graph))}
     for head, tail, facts in sorted(graph.edges(data=True), key=lambda edge: edge[:2]):
         times = chr(ord("A") + min(25, int(facts["weight"]) - 1))
         yield f"{people[head]}>#{times}{people[tail]}"
         yield f"{people[tail]}<#{times}{people[head]}"
+
+
+def _locales() -> Iterator[str]:
+    facts: set[tuple[str, str, str, str]] = set()
+    for full in (full for alias, full in locale.locale_alias.items() if "." not in alias):
+        place, _, rest = full.partition(".")
+        language, _, country = place.partition("_")
+        encoding, _, variant = rest.partition("@")
+        if len(language) in (2, 3) and len(country) == 2 and encoding:
+            facts.add((language, country, variant[:1] or "-", encoding))
+    encodings = {name: chr(_FIRST + i) for i, name in enumerate(sorted({fact[3] for fact in facts}))}
+    for language, country, variant, encoding in sorted(facts):
+        yield f"{language:3}>@{country}~{variant}{encodings[encoding]}"
 
 
 def _package(module: str, package: str) -> Any:
@@ -77,5 +93,6 @@ _SOURCES = MappingProxyType(
         "digits.loop": _digits(lambda image, digit: "y" if digit in (0, 6, 8, 9) else "n"),
         "digits.half": _digits(_half),
         "characters": _characters,
+        "locales": _locales,
     }
 )
