@@ -34,6 +34,7 @@ class DataConfig:
     sources: `[DOMAIN=]WHERE` each, see `train.data.text.read`. text_field, domain_field: names in JSON lines and Parquet.
     tokenizer: 'bytes', or a folder or Hub id. length: inputs per sequence. holdout: share of each domain never trained on.
     weights: share of the training sequences by domain, {} by size. pure: every micro-batch is of one domain.
+    mask_documents: attention, positions and what routers take for a sequence stay inside a document.
     """
 
     sources: tuple[str, ...] = ()
@@ -44,6 +45,7 @@ class DataConfig:
     holdout: float = 0.05
     weights: Mapping[str, float] = field(default_factory=dict)
     pure: bool = False
+    mask_documents: bool = False
 
 
 @dataclass(frozen=True, slots=True)

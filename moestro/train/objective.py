@@ -61,9 +61,10 @@ class Phase(Protocol):
 
 
 def run(module: nn.Module, batch: Batch, step: int, rng: torch.Generator | None = None) -> Output:
-    """One forward pass. Routers find each token's domain as `ctx.carry["domain_T"]`."""
+    """One forward pass, inside documents where the batch tells them apart. Routers find each token's domain as `ctx.carry["domain_T"]`."""
     domain_T = batch.domain_B.repeat_interleave(batch.tokens_BT.shape[1])
-    return module(batch.tokens_BT, step=step, rng=rng, given={"domain_T": domain_T})
+    inside = {} if batch.document_BT is None else {"segment_BT": batch.document_BT, "position_BT": batch.positions()}
+    return module(batch.tokens_BT, step=step, rng=rng, given={"domain_T": domain_T}, **inside)
 
 
 def cross_entropy(logits_BTV: Tensor, batch: Batch, *, smoothing: float = 0.0) -> Tensor:

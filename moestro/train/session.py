@@ -99,6 +99,7 @@ def _loop(config: TrainConfig, tokens: Tokens, folder: Path, group: Group, repor
         weights=data.weights,
         seed=config.seed,
         group=micro_batch if data.pure else 1,
+        documents=data.mask_documents,
     )
     objective = make(config.objective, "objective")
     phases = [make(part, "training schedule") for part in config.phases]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -91,6 +92,18 @@ def test_routers_are_told_the_domains(make_config, make_loop, monkeypatch):
     (ctx,) = seen
     assert ctx.training and ctx.step == 0
     assert torch.equal(ctx.carry["domain_T"].view(4, 16)[:, 0], loop.stream.batch(0, 4).domain_B)
+
+
+def test_masked_documents_are_read_as_if_each_were_alone(make_config, make_loop):
+    batch = make_loop(make_config(data={"mask_documents": True})).stream.gather([(0, 3), (1, 5)])
+    document_BT = torch.tensor([[0] * 5 + [1] * 11, [0] * 9 + [1] + [2] * 6])
+    batch = dataclasses.replace(batch, document_BT=document_BT)
+    module = build(make_config().model).eval()
+    together = run(module, batch, 0).logits_BTV
+    for row, documents, found in zip(batch.tokens_BT, document_BT, together, strict=True):
+        alone = [module(row[documents == d][None]).logits_BTV[0] for d in documents.unique()]
+        torch.testing.assert_close(found, torch.cat(alone))
+    assert not torch.allclose(run(module, dataclasses.replace(batch, document_BT=None), 0).logits_BTV, together, atol=1e-4)
 
 
 def test_controllers_get_every_micro_batch_after_the_step(make_config, make_loop):

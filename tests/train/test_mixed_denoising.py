@@ -121,3 +121,11 @@ def test_too_few_marks(make_config, make_loop):
     loop = make_loop(make_config(model={"vocabulary": 258}, objective={"name": "mixed_denoising", "marks": 1}, steps=20))
     with pytest.raises(InputError, match="raise marks"):
         loop.run()
+
+
+def test_documents_cannot_be_masked(make_config, make_loop):
+    config = make_config(
+        model={"vocabulary": 273}, data={"mask_documents": True}, objective={"name": "mixed_denoising", "marks": 16}
+    )
+    with pytest.raises(InputError, match="mask_documents"):
+        make_loop(config).train_step()

@@ -105,3 +105,17 @@ def test_a_text_of_exactly_one_sequence(tmp_path):
     assert [len(p) for p in made.training] == [1] and [made.place(i) for i in range(3)] == [(0, 0)] * 3
     with pytest.raises(InputError, match="17 tokens"):
         stream(prepare([("a", "x" * 16)], "bytes", tmp_path / "t"))
+
+
+def test_documents_are_told_apart_where_asked(tmp_path):
+    tokens = prepare([("a", "one"), ("a", "tw"), ("a", "three")] * 6, "bytes", tmp_path / "tokens")
+    made = stream(tokens, length=6, documents=True)
+    assert stream(tokens, length=6).batch(0, 2).document_BT is None
+    batch = made.batch(0, 9)
+    places = batch.positions()
+    for row, document, place in zip(batch.tokens_BT.tolist(), batch.document_BT.tolist(), places.tolist(), strict=True):
+        number, at = 0, 0
+        for token, d, p in zip(row, document, place, strict=True):
+            assert (d, p) == (number, at), "an end token is of the document that it ends"
+            number, at = (number + 1, 0) if token == tokens.end else (number, at + 1)
+    assert int(batch.document_BT.max()) >= 1

@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from moestro.core.errors import InputError
 from moestro.train.data.tokens import Tokens
@@ -21,11 +22,23 @@ from moestro.train.data.tokens import Tokens
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Sequences of equal length. tokens_BT, targets_BT: int64, the target is the next token. domain_B: int64, place in `Stream.names`."""
+    """Sequences of equal length. tokens_BT, targets_BT: int64, the target is the next token. domain_B: int64, place in `Stream.names`.
+
+    document_BT: int64, which document of its row a token is of, an end token being of the one it ends; None where rows are read whole.
+    """
 
     tokens_BT: Tensor
     targets_BT: Tensor
     domain_B: Tensor
+    document_BT: Tensor | None = None
+
+    def positions(self) -> Tensor | None:
+        """int64 [B, T]: each token's place in its document, counted from the row's beginning; None where rows are read whole."""
+        if self.document_BT is None:
+            return None
+        place = torch.arange(self.document_BT.shape[1]).expand_as(self.document_BT)
+        first = functional.pad(self.document_BT.diff(dim=1) != 0, (1, 0), value=True)
+        return place - torch.where(first, place, 0).cummax(1).values
 
 
 def drawn(seed: int, *place: int) -> int:
@@ -54,14 +67,23 @@ class Stream:
         holdout: share of each domain's sequences that is never trained on (at least one sequence when above 0).
         weights: share of the training sequences by domain (any positive scale); {}: by the domains' sizes.
         group: sequences that follow one another in a batch and are of one domain; 1 mixes freely.
+        documents: batches say which document each token is of.
 
     Raises InputError when a domain is shorter than it must be, or a weight names no domain.
     """
 
     def __init__(
-        self, tokens: Tokens, *, length: int, holdout: float, weights: Mapping[str, float], seed: int, group: int = 1
+        self,
+        tokens: Tokens,
+        *,
+        length: int,
+        holdout: float,
+        weights: Mapping[str, float],
+        seed: int,
+        group: int = 1,
+        documents: bool = False,
     ) -> None:
-        self.tokens, self.length, self.seed, self.group = tokens, length, seed, group
+        self.tokens, self.length, self.seed, self.group, self.documents = tokens, length, seed, group, documents
         self.names = tuple(domain.name for domain in tokens.domains)
         whole = [(domain.tokens - 1) // length for domain in tokens.domains]
         held = [max(1, round(n * holdout)) if holdout > 0 else 0 for n in whole]
@@ -114,7 +136,10 @@ class Stream:
         size = self.length
         rows = np.stack([self.tokens.ids[d][s * size : s * size + size + 1].astype(np.int64) for d, s in places])
         ids = torch.from_numpy(rows)
-        return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.tensor([d for d, _ in places]))
+        inputs_BT = ids[:, :-1].contiguous()
+        ends_BT = (inputs_BT == self.tokens.end).long()
+        document_BT = ends_BT.cumsum(1) - ends_BT if self.documents else None
+        return Batch(inputs_BT, ids[:, 1:].contiguous(), torch.tensor([d for d, _ in places]), document_BT)
 
     def held_out_places(self, most: int) -> list[list[tuple[int, int]]]:
         """Per domain its held-out sequences, `most` of them spread evenly where there are more."""

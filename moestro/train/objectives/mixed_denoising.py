@@ -43,6 +43,7 @@ class MixedDenoising:
         if not self.until or step < self.until:
             first: int = module.config.vocabulary - self.marks  # type: ignore[assignment,union-attr,operator]
             self._check(batch, first)
+            require(batch.document_BT is None, "data.mask_documents", "false: spans move across documents")
             text = torch.cat((batch.tokens_BT, batch.targets_BT[:, -1:]), 1)
             rows, asked = zip(*(self.row(line, first, rng) for line in text), strict=True)
             full, asked_BT = torch.stack(rows), torch.stack(asked)[:, 1:]
