@@ -17,9 +17,9 @@ from moestro.train.data.tokens import Tokens, prepare
 from moestro.train.loop import Loop
 from moestro.train.objective import make
 from moestro.train.parallel import Group
+from tests.train.methods import MODEL
 
 DOMAINS = {"count": "one two three four five six ", "letters": "abc def ghi jkl mno pqr ", "digits": "3141 5926 5358 9793 "}
-MODEL = {"d_model": 16, "layers": 2, "heads": 2, "num_experts": 4, "top_k": 2, "d_expert": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -56,17 +56,18 @@ def make_config() -> Callable[..., TrainConfig]:
 
 @pytest.fixture
 def make_loop(tokens: Tokens, tmp_path: Path) -> Callable[..., Loop]:
-    """make_loop(config, folder) over the small text."""
+    """make_loop(config, folder) over the small text, or the tokens given."""
 
     def make_one(config: TrainConfig, folder: Path | None = None, **given: Any) -> Loop:
         data, (micro, _) = config.data, config.micro(given.get("group", Group()).size)
         stream = Stream(
-            tokens,
+            given.pop("tokens", tokens),
             length=data.length,
             holdout=data.holdout,
             weights=data.weights,
             seed=config.seed,
             group=micro if data.pure else 1,
+            documents=data.mask_documents,
         )
         where = folder or tmp_path / "run"
         where.mkdir(parents=True, exist_ok=True)

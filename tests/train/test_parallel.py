@@ -16,6 +16,8 @@ from moestro.models.trained import load_trained
 from moestro.train.log import read
 from moestro.train.objective import Outcome
 from moestro.train.parallel import Group
+from tests.house.source import ROOT
+from tests.train.trained import NAMES, STEPS, losses
 
 # A balance loss and a controller that count the whole batch.
 SETTINGS = {
@@ -52,6 +54,32 @@ def test_two_processes_equal_one(tmp_path: Path):
     assert json.loads(done[1].stdout)["steps"] == 6  # one account, from the first process
     weights = [load_trained(tmp_path / name / "model").state_dict() for name in ("one", "two")]
     assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-5) for name in weights[0])
+
+
+WHOLE = {"layers.losses.global_balance", "layers.losses.pool"}  # count the tokens of the whole batch, on all processes
+
+
+@pytest.fixture(scope="module")
+def shared(tokens, tmp_path_factory):
+    """The losses of every method's first steps in two processes."""
+    result = tmp_path_factory.mktemp("shared") / "losses.json"
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+    command = [sys.executable, *launcher, "-m", "tests.train.trained", tokens.folder, result]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(result.read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_train_what_one_does(name, shared, tokens, tmp_path):
+    """Equal to one process with the same micro-batches or, where counts are of the whole batch, with one."""
+    assert len(shared[name]) == STEPS, "the processes have come apart"
+    if name == "layers.routers.locmoe":
+        return  # a process is a node there, so that two have another loss, on purpose
+    micro_batch = 0 if name in WHOLE else 2
+    assert shared[name] == pytest.approx(losses(name, tokens, tmp_path, Group(), micro_batch), rel=1e-4)
 
 
 class Apart(Group):

@@ -31,6 +31,7 @@ from moestro.core.routing import EMPTY, RouteContext, Routing
 from moestro.layers.block import BlockOutput
 from moestro.layers.dispatch import combine, gather, grouped_linear, order_of
 from moestro.layers.experts import ACTIVATIONS
+from moestro.layers.reduce import average_over_ranks
 from moestro.layers.site import Site, require
 from moestro.layers.tasks import task_of
 
@@ -57,14 +58,19 @@ class Normalised(nn.Module):
         hidden = self.act(grouped_linear(x_NI, self.up_EFI, starts))
         h_ND = grouped_linear(hidden, self.down_EDF, starts).float()
         parts: list[Tensor] = []
+        mean_ED, variance_ED = self.mean_ED.clone(), self.variance_ED.clone()  # the backward pass keeps what it is given
         for e, (a, b) in enumerate(pairwise(starts)):
-            rows, mean, variance = h_ND[a:b], self.mean_ED[e], self.variance_ED[e]
+            rows, mean, variance = h_ND[a:b], mean_ED[e], variance_ED[e]
             if b > a:
                 parts.append(
                     functional.batch_norm(
                         rows, mean, variance, training=training and b > a + 1, momentum=self.momentum, eps=self.eps
                     )
                 )
+        if training:
+            self.mean_ED.copy_(mean_ED)
+            self.variance_ED.copy_(variance_ED)
+            average_over_ranks(self.mean_ED, self.variance_ED)
         return torch.cat(parts) if parts else h_ND
 
     def forward(self, x_NI: Tensor, starts: list[int], training: bool) -> Tensor:

@@ -25,6 +25,7 @@ from moestro.core.method import method
 from moestro.core.routing import RouteContext, Routing
 from moestro.layers.block import BlockOutput
 from moestro.layers.experts import down_std
+from moestro.layers.reduce import average_over_ranks
 from moestro.layers.schedule import Scheduled, read, value_at
 from moestro.layers.site import Site, require
 from moestro.layers.stages import where
@@ -46,6 +47,8 @@ class Gates(nn.Module):
         """gates_2THn, raw_T2Hn."""
         z = self.maps(x_TD.float()).view(len(x_TD), 2 * self.heads, self.n)
         normed = self.norm(z.detach()) if len(x_TD) * self.n > 1 or not self.training else z.detach()
+        if self.training:
+            average_over_ranks(self.norm.running_mean, self.norm.running_var)  # type: ignore[arg-type]
         kept = normed >= normed.amax(-1, keepdim=True).clamp_max(self.tau)
         gates = z.masked_fill(~kept, float("-inf")).softmax(-1)
         raw = z.unflatten(1, (2, self.heads))
