@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -25,11 +27,15 @@ from moestro.models.codecs.packed import Record
 from moestro.models.layout import Layout
 
 GROUP = 32
-WIDTHS = tuple(f"int{bits}:{GROUP}" for bits in (2, 3, 4, 8))
+WIDTHS = tuple(f"{kind}:{GROUP}" for kind in ("int2", "int3", "int4", "uint4", "int8"))
 NESTED = tuple(f"nested:{GROUP}/{planes}" for planes in PLANES)
 LENGTH, MOST = 256, 4096  # tokens of a sequence; of each of the two parts of the text
 LEAST = 4  # sequences in each part
 SURE = 1.645  # standard errors above the mean that cover 95 %
+DOUBT, LOOKS = (
+    0.05,
+    4,
+)  # of the text held out: how likely it may deceive in all, and how often it is asked, each time half as trusting
 Report = Callable[[str], None]
 
 
@@ -61,14 +67,14 @@ class Bound:
         """What was lost, in the bound's own measure."""
         return found.loss if self.kind == "ppl" else found.kl
 
-    def surely(self, found: Measured) -> float:
-        """What was lost at most, with 95 % confidence for text of this kind."""
+    def surely(self, found: Measured, sure: float = SURE) -> float:
+        """What was lost at most for text of this kind: `sure` standard errors above the mean, by default 95 % confidence."""
         if self.kind == "kl":
-            return found.kl + SURE * found.kl_error
-        return (1 + found.loss) * math.exp(SURE * found.error) - 1
+            return found.kl + sure * found.kl_error
+        return (1 + found.loss) * math.exp(sure * found.error) - 1
 
-    def words(self, found: Measured) -> str:
-        loss, most = self.loss(found), self.surely(found)
+    def words(self, found: Measured, sure: float = SURE) -> str:
+        loss, most = self.loss(found), self.surely(found, sure)
         if self.kind == "kl":
             return f"KL {loss:.4f} nats per token, surely below {most:.4f}"
         return f"perplexity {100 * loss:+.2f} %, surely below {100 * most:+.2f} %"
@@ -90,8 +96,9 @@ def plan_quality(
     """The plan of `plan_residency` with as few bits for each expert as the bound allows.
 
     The first half of the text chooses, and a candidate must be within the bound with 95 % confidence, so that little text allows
-    little; the second half is measured once, when all is chosen. The model runs as stored and in each
-    candidate, in memory that is available now, whatever `memory` the plan is for.
+    little. What is chosen must then be surely within the bound on the second half, which had no say; if it is not, it is chosen again
+    with half as much to lose. Look k at the second half takes 1 - 0.05 / 2^k confidence, so that all looks together are wrong
+    once in twenty. The model runs as stored and in each candidate, in memory that is available now, whatever `memory` the plan is for.
 
     Args:
         quality: the bound; see `Bound.parse`. tokens: of a text. precision: the method.
@@ -131,33 +138,46 @@ def plan_quality(
 
         known: dict[bytes, Measured] = {}
 
-        def judge(widths_LE: np.ndarray) -> bool:
+        def within(asked: Bound, widths_LE: np.ndarray) -> bool:
             name = widths_LE.tobytes()
             if name not in known:
                 trial = candidate(widths_LE)
                 known[name] = trials.measured(trial, chosen_on, kl=bound.kind == "kl")
-                kept = "within" if bound.surely(known[name]) <= bound.limit else "outside"
-                tell(f"{_counted(trial, names)}: {bound.words(known[name])}: {kept} {bound}")
-            return bound.surely(known[name]) <= bound.limit
+                kept = "within" if asked.surely(known[name]) <= asked.limit else "outside"
+                tell(f"{_counted(trial, names)}: {bound.words(known[name])}: {kept} {asked}")
+            return asked.surely(known[name]) <= asked.limit
 
-        widths_LE = choose(evidence, judge)
-        if widths_LE is None:
-            best = min(known.values(), key=bound.surely)
-            raise InputError(
-                f"no choice of {', '.join(names)} keeps the model within {bound}: the best has {bound.words(best)}",
-                expected="a width that does",
-                fix="give more text, allow more, offer wider --widths, leave the trunk as stored, or stay EXACT: plan without --quality",
-            )
-        found = candidate(widths_LE)
-        measured = [trials.measured(found, text, kl=True) for text in (chosen_on, held_out)]
+        look = 1
+        while True:
+            asked, sure = Bound(bound.kind, bound.limit / 2 ** (look - 1)), NormalDist().inv_cdf(1 - DOUBT / 2**look)
+            widths_LE = choose(evidence, partial(within, asked))
+            if widths_LE is None and look == 1:
+                raise _none(names, bound, f"the best has {bound.words(min(known.values(), key=bound.surely))}")
+            widest = widths_LE is None  # it is within the bound, though not surely within this part of it
+            found = candidate(np.full(evidence.counts_LE.shape, len(codecs) - 1) if widths_LE is None else widths_LE)
+            other = trials.measured(found, held_out, kl=True)
+            if bound.surely(other, sure) <= bound.limit:
+                break
+            words = f"on the text that was held out {_counted(found, names)} have {bound.words(other, sure)}"
+            if widest or look == LOOKS:
+                raise _none(names, bound, words)
+            tell(f"{words}: outside {bound}, so more bits are chosen")
+            look += 1
+        measured = [trials.measured(found, chosen_on, kl=True), other]
     used = [codec for codec in codecs if codec in found.values()]
     rows = tuple(tuple(used.index(found[ExpertKey(la.ordinal, e)]) for e in range(la.num_experts)) for la in layout.facts.layers)
     chosen = Precision(card.name, tuple(codec.name for codec in used), rows, str(bound), *measured)
-    if bound.loss(measured[1]) > bound.limit:
-        tell(f"on the text that was held out it is outside the bound: {bound.words(measured[1])}")
     if len(used) == 1 and not nested:
         whole = used[0].name
     return plan_residency(checkpoint, layout, memory, codec=whole, precision=chosen, **options)
+
+
+def _none(names: Sequence[str], bound: Bound, found: str) -> InputError:
+    return InputError(
+        f"no choice of {', '.join(names)} keeps the model within {bound}: {found}",
+        expected="a width that does",
+        fix="give more text, allow more, offer wider --widths, leave the trunk as stored, or stay EXACT: plan without --quality",
+    )
 
 
 def parts(tokens: Sequence[int], length: int) -> tuple[list[list[int]], list[list[int]]]:

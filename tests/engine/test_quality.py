@@ -146,11 +146,44 @@ def test_what_is_known_of_experts_hardly_depends_on_how_many_tokens_are_looked_a
 def test_a_looser_bound_takes_fewer_bytes(tiny, opened):
     folder, _ = tiny("mixtral", **WIDE)
     read = []
-    for bound in ("kl:0.0005", "kl:0.01", "kl:10"):
+    for bound in ("kl:0.001", "kl:0.01", "kl:10"):
         made, _ = plan(opened, folder, bound)
         assert made.precision is not None
-        read.append([int(name[3]) for row in made.precision.experts_LE for name in (made.precision.widths[i] for i in row)])
+        read.append(
+            [
+                int(name.split(":")[0].lstrip("uint"))
+                for row in made.precision.experts_LE
+                for name in (made.precision.widths[i] for i in row)
+            ]
+        )
     assert sum(read[0]) > sum(read[1]) > sum(read[2]) == 2 * len(read[2])
+
+
+@pytest.mark.parametrize(("harder", "looks"), [(1.0, 1), (1.9, 2), (3.0, 3), (1000.0, 4)])
+def test_what_is_chosen_must_hold_on_text_that_had_no_say(harder, looks, tiny, opened, monkeypatch):
+    """The text held out loses `harder` times as much: more bits are chosen until it, too, is surely within the bound."""
+    asked = []
+
+    def measured(self, candidate, text, *, kl):
+        held_out = text is not asked[0]
+        bits = [{"int2:32": 2, "int3:32": 3, "int4:32": 4}[codec.name] for codec in candidate.values()]
+        loss = 0.01 * sum(4 - b for b in bits) / len(bits) * (harder if held_out else 1)
+        asked.append("held out" if held_out else "chosen")
+        return Measured(100, 10 * (1 + loss), 10.0, 0.1, 1e-5, 1e-5)
+
+    monkeypatch.setattr(Trials, "measured", measured)
+    evidence = Trials.evidence
+    monkeypatch.setattr(Trials, "evidence", lambda self, text, codecs: asked.append(text) or evidence(self, text, codecs))
+    widths = {"widths": ("int2:32", "int3:32", "int4:32")}
+    folder, _ = tiny("mixtral", **WIDE)
+    if harder == 1000:
+        with pytest.raises(InputError, match=r"(?s)held out .* have perplexity"):
+            plan(opened, folder, "ppl:1.2%", **widths)
+    else:
+        made, said = plan(opened, folder, "ppl:1.2%", **widths)
+        assert made.precision is not None and made.precision.held_out is not None
+        assert made.precision.held_out.loss < 0.012 and sum("so more bits are chosen" in line for line in said) == looks - 1
+    assert asked.count("held out") == looks
 
 
 def test_what_a_trunk_loses_counts(tiny, opened):
