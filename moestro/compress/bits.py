@@ -31,7 +31,7 @@ def encode_experts(
 ) -> CompressionPlan:
     """One more encoding for every slot. codecs_LE: one codec for all, or one for each slot of each layer.
 
-    Raises InputError for a codec that is unknown, ValueError for one that does not divide the rows.
+    Raises InputError for a codec that is unknown or does not divide the rows.
     """
     rows = [[codecs_LE] * len(la.slots) for la in plan.layers] if isinstance(codecs_LE, str) else [list(row) for row in codecs_LE]
     assert [len(row) for row in rows] == [len(la.slots) for la in plan.layers], "a codec for each slot"

@@ -15,7 +15,7 @@ import numpy as np
 
 from moestro.core.errors import CheckpointError, InputError
 from moestro.kernels.packed import TILE, Packed, part_sizes
-from moestro.models.codecs.encode import ROUNDED, Codec, parse_codec
+from moestro.models.codecs.encode import ROUNDED, Codec, check_fit, parse_codec
 
 if TYPE_CHECKING:
     from moestro.models.checkpoint import Checkpoint, TensorRef
@@ -91,7 +91,8 @@ def codec_of(packed: Packed) -> Codec:
 
 
 def coded_bytes(codec: str, shape: tuple[int, ...]) -> int:
-    """Of a coded tensor. Raises InputError for an unknown codec, ValueError for one that does not fit."""
+    """Of a coded tensor. Raises InputError for an unknown codec or one that does not fit."""
+    check_fit(parse_codec(codec), shape[1])
     return sum(_padded(codec, shape))
 
 

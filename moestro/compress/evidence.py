@@ -1,0 +1,123 @@
+"""What the methods that give bits are told: how often experts are used, and what each number of bits would do to them.
+
+Shapes: L MoE layers, E experts (the most of any layer), W widths, the fewest bytes first, n tokens, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moestro.compress.calibration import Calibration, LayerInputs
+from moestro.compress.encode.inputs import hidden
+from moestro.compress.encoding import MATRICES, plain
+from moestro.core.errors import InputError
+from moestro.core.experts import ExpertKey, ExpertSpec, ExpertWeights
+from moestro.core.method import card_of, load
+from moestro.core.plans.compression import Slot
+from moestro.models.checkpoint import Checkpoint
+from moestro.models.codecs.coded import coded_bytes
+from moestro.models.experts import read_expert
+from moestro.models.layout import Layout
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class BitsEvidence:
+    """Of layers with fewer experts than others the rest is 0, and `there_LE` is False.
+
+    counts_LE: tokens routed to an expert. weights_LE: the sum of their combine weights. output_LEW: Frobenius norm of the change of the
+    layer's output when the expert alone has that width. matrix_LEW: of the change of its weights. outlier_LE: the largest ratio of a
+    column's largest to its mean size in any of its matrices. bytes_LW: of one expert in each width.
+    """
+
+    there_LE: np.ndarray
+    counts_LE: np.ndarray
+    weights_LE: np.ndarray
+    output_LEW: np.ndarray
+    matrix_LEW: np.ndarray
+    outlier_LE: np.ndarray
+    bytes_LW: np.ndarray
+
+    def spent(self, widths_LE: np.ndarray) -> int:
+        """Bytes of all experts."""
+        each_LE = np.take_along_axis(self.bytes_LW, widths_LE, axis=1)
+        return int(each_LE[self.there_LE].sum())
+
+    def check(self, budget: int) -> None:
+        """Raises InputError for a budget in bytes that the fewest bits do not meet."""
+        least = self.spent(np.zeros(self.there_LE.shape, np.int64))
+        if budget < least:
+            raise InputError(
+                f"{budget} bytes are too few for the experts",
+                expected=f"at least {least} with the fewest bits",
+                fix="offer fewer bits",
+            )
+
+
+def measure(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    given: Calibration,
+    codecs: Sequence[str],
+    method: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> BitsEvidence:
+    """Encode every expert in every width, and see. codecs: the widths, the fewest bytes first. method: of kind 'encode'.
+
+    Raises InputError for widths that are not in this order, ProfileError when the profile kept no inputs.
+    """
+    layers, fn = layout.facts.layers, load(method, "encode")
+    shape = len(layers), max(la.num_experts for la in layers)
+    there_LE, counts_LE, weights_LE = np.zeros(shape, bool), np.zeros(shape, np.int64), np.zeros(shape)
+    output_LEW, matrix_LEW = np.zeros((2, *shape, len(codecs)))
+    outlier_LE = np.zeros(shape)
+    bytes_LW = np.array([[expert_size(la.spec, codec) for codec in codecs] for la in layers])
+    if (np.diff(bytes_LW, axis=1) <= 0).any():
+        raise InputError(f"the widths {', '.join(codecs)} do not take more and more bytes", fix="name the fewest bits first")
+    needs = "inputs" in card_of(fn).needs
+    for la in layers:
+        seen = given.layer(la.ordinal)
+        for e in range(la.num_experts):
+            at = la.ordinal, e
+            weights = read_expert(checkpoint, layout, ExpertKey(*at))
+            there_LE[at], counts_LE[at], weights_LE[at] = True, len(seen.own((e,))), seen.weight(e).sum()
+            matrices = {role: a for role, name in MATRICES.items() if (a := getattr(weights, name)) is not None}
+            outlier_LE[at] = max(outliers(matrix) for matrix in matrices.values())
+            inputs = given(la.ordinal, Slot((e,)), weights) if needs else {}
+            for w, codec in enumerate(codecs):
+                made = {r: plain(fn(m, inputs.get(r), codec=codec, **(options or {}))) for r, m in matrices.items()}
+                matrix_LEW[(*at, w)] = np.sqrt(sum(float(np.square(made[r] - matrices[r]).sum()) for r in made))
+                output_LEW[(*at, w)] = change(seen, e, la.spec, weights, made)
+        if progress:
+            progress(la.ordinal + 1, len(layers))
+    return BitsEvidence(there_LE, counts_LE, weights_LE, output_LEW, matrix_LEW, outlier_LE, bytes_LW)
+
+
+def change(seen: LayerInputs, expert: int, spec: ExpertSpec, weights: ExpertWeights, made: Mapping[str, np.ndarray]) -> float:
+    """Frobenius norm of what the layer's output loses on the kept tokens when one expert has other matrices."""
+    own_n = seen.own((expert,))
+    other = ExpertWeights(made.get("gate"), made["up"], made["down"], weights.gate_F, weights.up_F, weights.down_D)
+    gate_n1 = seen.weight(expert)[:, None]
+    x_nD = seen.x_nD[own_n] * (gate_n1 if spec.weigh_input else np.float32(1))
+    away_nD = hidden(x_nD, other, spec) @ other.down_DF.T - hidden(x_nD, weights, spec) @ weights.down_DF.T
+    return float(np.linalg.norm(away_nD if spec.weigh_input else away_nD * gate_n1))
+
+
+def outliers(w_RC: np.ndarray) -> float:
+    """The outlier-aware score of arXiv 2406.08155: the largest ratio, over columns, of the largest to the mean size in the column."""
+    size_RC = np.abs(w_RC)
+    mean_C = size_RC.mean(0)
+    return float(np.divide(size_RC.max(0), mean_C, out=np.ones_like(mean_C), where=mean_C > 0).max())
+
+
+def expert_size(spec: ExpertSpec, codec: str) -> int:
+    """Bytes of one expert's matrices in a codec."""
+    inner = coded_bytes(codec, (spec.d_expert, spec.d_model))
+    return inner * (2 if spec.gated else 1) + coded_bytes(codec, (spec.d_model, spec.d_expert))

@@ -1,0 +1,169 @@
+"""Mixed precision: budgets kept, brute force, planted importance."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moestro.compress.budget.frequency import frequency
+from moestro.compress.budget.mc_moe import mc_moe
+from moestro.compress.budget.mc_sharp import mc_sharp
+from moestro.compress.budget.program import solve
+from moestro.compress.budget.quantmoe_bench import quantmoe_bench
+from moestro.compress.calibration import Calibration, LayerInputs
+from moestro.compress.evidence import BitsEvidence, change, measure, outliers
+from moestro.core.errors import InputError
+from moestro.core.experts import ExpertSpec, ExpertWeights
+from moestro.core.method import load
+from moestro.models.checkpoint import Checkpoint
+from moestro.models.families import describe
+from moestro.models.open import open_model
+from moestro.profile.data import cut
+from moestro.profile.probe import make
+from moestro.profile.run import Recording
+from moestro.profile.sources import Document
+from moestro.testing.tiny import save_tiny
+from tests.laws.cards import cards
+
+METHODS = [load(card.name, "bits") for card in cards("moestro.compress.budget", "bits")]
+
+
+@pytest.fixture
+def evidence():
+    rng = np.random.default_rng(0)
+    there = np.ones((3, 6), bool)
+    there[2, 4:] = False
+    error = np.sort(rng.uniform(0.1, 4, (3, 6, 3)), axis=2)[..., ::-1]
+    shape = there.shape
+    counts = rng.integers(1, 100, shape) * there
+    return BitsEvidence(
+        there, counts, counts * rng.uniform(0.2, 1, shape), error, error * 2, rng.uniform(1, 9, shape), np.tile([100, 160, 220], (3, 1))
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
+class TestEveryMethod:
+    def test_keeps_the_budget_and_names_widths_that_exist(self, method, evidence):
+        for budget in (2100, 2500, 16 * 220):
+            widths_LE = method(evidence, budget)
+            assert widths_LE.shape == evidence.there_LE.shape and ((widths_LE >= 0) & (widths_LE <= 2)).all()
+            assert evidence.spent(widths_LE) <= budget
+        assert (widths_LE[evidence.there_LE] == 2).all(), "where there is room for all, all have the most"
+
+    def test_refuses_what_cannot_be(self, method, evidence):
+        with pytest.raises(InputError, match="at least 1600"):
+            method(evidence, 1599)
+
+    def test_says_the_same_twice(self, method, evidence):
+        assert np.array_equal(method(evidence, 2300), method(evidence, 2300))
+
+
+def test_the_program_is_as_good_as_all_choices():
+    rng = np.random.default_rng(1)
+    for _ in range(10):
+        loss_NW = np.sort(rng.uniform(0, 1, (5, 3)), axis=1)[:, ::-1]
+        bytes_NW = np.tile([10, 16, 22], (5, 1))
+        budget = int(rng.integers(70, 100))
+        choices = np.array(list(itertools.product(range(3), repeat=5)))
+        rows = np.arange(5)
+        fits = [c for c in choices if bytes_NW[rows, c].sum() <= budget and 2 in c and 1 in c]
+        best = min(loss_NW[rows, c].sum() for c in fits)
+        found = solve(loss_NW, bytes_NW, budget, present=(2, 1))
+        assert loss_NW[rows, found].sum() == pytest.approx(best, rel=1e-5) and {1, 2} <= set(found)
+    with pytest.raises(InputError, match="must occur"):
+        solve(loss_NW, bytes_NW, 52, present=(2, 1))
+
+
+def test_importance_never_costs_bits(evidence):
+    """Experts with the same errors: the one that is used more and weighs more has at least as many bits."""
+    same = replace(evidence, output_LEW=np.broadcast_to(np.array([4.0, 1.0, 0.2]), (3, 6, 3)), there_LE=np.ones((3, 6), bool))
+    same.counts_LE[...] = same.weights_LE[...] = np.arange(1, 7)
+    for scope in ("layer", "model"):
+        widths_LE = mc_moe(same, 18 * 160, scope=scope)
+        assert (np.diff(widths_LE, axis=1) >= 0).all() and len(np.unique(widths_LE)) > 1
+
+
+def test_the_widest_two_occur_in_each_layer_unless_told_otherwise(evidence):
+    widths_LE = mc_moe(evidence, 2400, present=True)
+    assert all({1, 2} <= set(row[there]) for row, there in zip(widths_LE, evidence.there_LE, strict=True))
+    flat = replace(evidence, output_LEW=np.ones((3, 6, 3)))
+    assert evidence.spent(mc_moe(flat, 1600)) == 1600
+    with pytest.raises(InputError, match="scope"):
+        mc_moe(evidence, 2200, scope="expert")
+
+
+def test_a_program_for_the_model_is_no_worse_than_one_for_each_layer(evidence):
+    def loss(widths_LE):
+        share = evidence.output_LEW / evidence.output_LEW[..., 0].sum(1)[:, None, None]
+        phi, w = (x / x.sum(1, keepdims=True) for x in (evidence.counts_LE, evidence.weights_LE))
+        each = np.take_along_axis(share, widths_LE[..., None], 2)[..., 0] ** 2 * phi * w**1.5
+        return each[evidence.there_LE].sum()
+
+    assert loss(mc_moe(evidence, 2300, scope="model")) <= loss(mc_moe(evidence, 2300)) * (1 + 1e-5)
+
+
+def test_weights_errors_are_what_mc_sharp_reads(evidence):
+    other = replace(evidence, output_LEW=np.zeros_like(evidence.output_LEW))
+    assert np.array_equal(mc_sharp(other, 2300), mc_sharp(evidence, 2300))
+    assert np.array_equal(mc_sharp(evidence, 2300), mc_moe(evidence, 2300)), "here both errors are in proportion"
+
+
+def test_ranks(evidence):
+    for method, score_LE in ((quantmoe_bench, evidence.outlier_LE), (frequency, evidence.counts_LE)):
+        widths_LE = method(evidence, 1600 + 3 * 120)
+        assert set(zip(*np.nonzero(widths_LE == 2), strict=True)) == {
+            tuple(np.unravel_index(i, (3, 6))) for i in np.argsort(-np.where(evidence.there_LE, score_LE, -1), axis=None, kind="stable")[:3]
+        }  # fmt: skip
+
+
+def test_outliers_are_relative_to_their_column():
+    w_RC = np.ones((8, 16), np.float32)
+    assert outliers(w_RC) == 1
+    w_RC[3, 5] = -9
+    assert outliers(w_RC) == outliers(w_RC * np.linspace(1, 5, 16, dtype=np.float32)) == pytest.approx(9 / 2)
+
+
+def test_an_experts_change_is_that_of_the_layers_output():
+    rng = np.random.default_rng(3)
+    spec = ExpertSpec(8, 16)
+    old, new = (
+        ExpertWeights(*(rng.standard_normal(s).astype(np.float32) for s in ((16, 8), (16, 8), (8, 16)))) for _ in range(2)
+    )
+    x_nD = rng.standard_normal((5, 8)).astype(np.float32)
+    experts_nK = np.array([[0, 1], [1, 2], [2, 0], [1, -1], [0, 2]])
+    weights_nK = rng.uniform(0, 1, (5, 2)).astype(np.float32)
+    seen = LayerInputs(x_nD, experts_nK, weights_nK)
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    def output(w, x):
+        return (silu(x @ w.gate_FD.T) * (x @ w.up_FD.T)) @ w.down_DF.T
+
+    rows = [(0, 1), (1, 0), (3, 0)]
+    away = [weights_nK[t, k] * (output(new, x_nD[t]) - output(old, x_nD[t])) for t, k in rows]
+    made = {"gate": new.gate_FD, "up": new.up_FD, "down": new.down_DF}
+    assert change(seen, 1, spec, old, made) == pytest.approx(float(np.linalg.norm(away)), rel=1e-4)
+
+
+def test_evidence_of_a_model(tmp_path):
+    save_tiny("mixtral", tmp_path / "m", hidden_size=32, intermediate_size=32)
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    layout, model = describe(checkpoint), open_model(checkpoint)
+    documents = [Document("a", "drawn", tokens=np.random.default_rng(i).integers(4, 120, 40).tolist()) for i in range(3)]
+    recording = Recording(model, cut(documents, None, length=40), make({"inputs": {}, "counts": {}}))
+    recording.run(model)
+    given = Calibration(recording.profile(), layout.facts)
+    found = measure(checkpoint, layout, given, ("int2:32", "int4:32", "int8:32"), "compress.encode.rtn")
+    assert np.array_equal(found.counts_LE, recording.profile().arrays["counts_LE"])
+    assert (np.diff(found.output_LEW) < 0).all() and (np.diff(found.matrix_LEW) < 0).all()
+    assert (found.outlier_LE > 1).all()
+    better = measure(checkpoint, layout, given, ("int2:32",), "compress.encode.gptq")
+    assert better.output_LEW.sum() < found.output_LEW[..., 0].sum(), "fitted to the inputs, the output changes less"
+    with pytest.raises(InputError, match="more and more"):
+        measure(checkpoint, layout, given, ("int4:32", "int2:32"), "compress.encode.rtn")
+    with pytest.raises(InputError, match="multiples"):
+        measure(checkpoint, layout, given, ("int4:64",), "compress.encode.rtn")
