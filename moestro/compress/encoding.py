@@ -50,6 +50,11 @@ class Encoder:
                     fix="give a profile made with --probe inputs",
                 )
 
+    def prepare(self, ordinal: int) -> None:
+        """Read what all slots of a layer share, before they are encoded side by side."""
+        if isinstance(self.given, Calibration):
+            self.given.layer(ordinal)
+
     def expert(self, ordinal: int, slot: Slot, weights: ExpertWeights) -> ExpertWeights:
         """The slot's weights after its encodings; biases stay."""
         for number in slot.encodings:

@@ -74,13 +74,12 @@ def compress(
     config = job.configured(config)
     routers = {name: la for la in plan.layers for name in router_tensors(checkpoint, layout, la.ordinal)}
     by_index = {layout.facts.layers[la.ordinal].index: la for la in plan.layers}
-    largest = max(la.num_experts * la.expert_bytes for la in layout.facts.layers)
     _room(out, layout.facts.trunk_bytes + len(plan.layers) * job.layer_bytes)
     key = hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()
     with CheckpointWriter(
         out,
         config,
-        shard_bytes=max(largest, _SMALLEST_SHARD),
+        shard_bytes=job.shard_bytes,
         overwrite=overwrite,
         resume_key=f"{checkpoint.fingerprint} {key} {type(job).__name__}",
     ) as writer:
@@ -155,6 +154,11 @@ class Job:
         """Of the experts of one new layer, about."""
         la = self.layout.facts.layers[0]
         return self.plan.experts * la.expert_bytes * self._width // la.spec.d_expert
+
+    @property
+    def shard_bytes(self) -> int:
+        """What is written before a run that is interrupted later keeps it: about a layer."""
+        return max(*(la.num_experts * la.expert_bytes for la in self.layout.facts.layers), _SMALLEST_SHARD)
 
     def write_layer(self, change: LayerChange, writer: CheckpointWriter) -> None:
         """All experts of one layer, one after another, or tensor by tensor where a tensor holds them all."""

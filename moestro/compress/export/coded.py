@@ -7,24 +7,42 @@ head. Expert tensors are written one by one, however the original keeps them.
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 
+from moestro.compress.bits import expert_bytes
 from moestro.compress.encoding import MATRICES
 from moestro.compress.executor import Job, stored
 from moestro.compress.slots import build
 from moestro.compress.trunk import trunk_matrices
 from moestro.core.errors import PlanError
-from moestro.core.experts import ExpertKey
-from moestro.core.plans.compression import STORED, LayerChange
+from moestro.core.experts import ExpertKey, ExpertWeights
+from moestro.core.plans.compression import STORED, LayerChange, Slot
+from moestro.kernels import native
 from moestro.kernels.packed import Packed
 from moestro.models.codecs.coded import bytes_of, codec_of, coded_bytes, describe
 from moestro.models.codecs.encode import check_fit, parse_codec
 from moestro.models.writer import CheckpointWriter
 
 BIASES = {"gate": "gate_F", "up": "up_F", "down": "down_D"}
+_SMALLEST_SHARD = 4 << 20
 _EXPERTS = re.compile(r"(?:(?<=\.)|^)(?:experts\.|input_linear\.|output_linear\.).*")
+
+
+T, R = TypeVar("T"), TypeVar("R")
+
+
+def side_by_side(fn: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """fn of each item, in order; as many at once as there are cores, each on one thread of the linear algebra."""
+    from threadpoolctl import threadpool_limits
+
+    workers = native.cores()
+    with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
+        for at in range(0, len(items), workers):
+            yield from pool.map(fn, items[at : at + workers])
 
 
 class CodedJob(Job):
@@ -69,19 +87,31 @@ class CodedJob(Job):
         if self._codec(change.slots[0].encodings) == STORED:
             super().write_layer(change, writer)
             return
+        dtype = next((p.dtype for p in self.layout.parts(ExpertKey(change.ordinal, 0)) if p.role.endswith("_bias")), "F32")
+        waiting = []
         for number, slot in enumerate(change.slots):
             targets = [self.names(change.ordinal, i) for i, row in enumerate(change.routed) if row.slot == number]
-            if all(name in writer for names in targets for name in names.values()):
-                continue
+            if not all(name in writer for names in targets for name in names.values()):
+                waiting.append((slot, targets))
+        if not waiting:
+            return
+        self.encoder.prepare(change.ordinal)
+
+        def encode(slot: Slot) -> tuple[ExpertWeights, dict[str, np.ndarray | Packed]]:
             weights = build(slot, self.reader(change.ordinal), self._width)
-            made = self.encoder.tiles(change.ordinal, slot, weights)
-            dtype = next((p.dtype for p in self.layout.parts(ExpertKey(change.ordinal, 0)) if p.role.endswith("_bias")), "F32")
+            return weights, self.encoder.tiles(change.ordinal, slot, weights)
+
+        for (slot, targets), (weights, made) in zip(waiting, side_by_side(encode, [slot for slot, _ in waiting]), strict=True):
             for names in targets:
                 for role, name in names.items():
                     self._put(writer, name, made[role], self._codec(slot.encodings))
                 for role, field in BIASES.items():
                     if (bias := getattr(weights, field)) is not None:
                         writer.add(names[role].removesuffix("weight") + "bias", stored(bias, dtype), dtype)
+
+    @property
+    def shard_bytes(self) -> int:
+        return max(expert_bytes(self.plan, self.layout) // len(self.plan.layers), _SMALLEST_SHARD)
 
     def write_tensor(self, name: str, numbers: tuple[int, ...], writer: CheckpointWriter) -> None:
         codec = self._codec(numbers)
