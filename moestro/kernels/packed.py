@@ -275,6 +275,14 @@ def assemble(
     return made
 
 
+def whole_numbers(packed: Packed) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of every plane whole numbers int32 [rows, cols] and float32 multipliers [rows, cols / 32]; the matrix is the sum of their products.
+
+    int8: v.  int4: u - 8.  int3: 2 u - 7.  int2: 2 u - 3.  uint4: u, then ones with the minimums.  mxfp4: twice the E2M1 value.
+    """
+    return _planes(packed)
+
+
 def round_activations(x_TC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(codes int8 [T, C / 32, 32], scales float32 [T, C / 32]): scale max |x| / 127 per 32 inputs, rounded to nearest, ties to even.
 

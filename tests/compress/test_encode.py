@@ -18,7 +18,7 @@ from moestro.core.errors import CheckpointError, InputError
 from moestro.core.experts import ExpertSpec, ExpertWeights
 from moestro.models.codecs.encode import parse_codec
 
-EVEN = ("int8:64", "int4:64", "int3:64", "int2:64", "nested:64/2", "nested:64/3", "nested:64/4")
+EVEN = ("int8:64", "int4:64", "uint4:64", "int3:64", "int2:64", "nested:64/2", "nested:64/3", "nested:64/4")
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_weights_beyond_float16_are_refused():
         gptq(np.full((16, 64), 1e7, np.float32), Inputs(np.eye(64), 1))
 
 
-@pytest.mark.parametrize("codec", ("nested:64/2", "nested:64/3", "nested:64/4"))
+@pytest.mark.parametrize("codec", ("uint4:64", "nested:64/2", "nested:64/3", "nested:64/4"))
 def test_half_quadratic_lowers_the_mean_error_of_heavy_tails(codec):
     w_RC = (np.random.default_rng(2).standard_t(2.5, (64, 128)) * 0.02).astype(np.float32)
     grid = grid_of(codec)

@@ -20,7 +20,7 @@ INPUTS = Inputs.of(INPUTS_nC)
 WEIGHTS_RC = (RNG.standard_normal((48, 128)) * 0.05).astype(np.float32)
 
 
-CODECS = ("int8:64", "int4:32", "int3:64", "int2:128", "nested:64/2", "nested:32/3", "nested:64", "mxfp4")
+CODECS = ("int8:64", "int4:32", "uint4:64", "int3:64", "int2:128", "nested:64/2", "nested:32/3", "nested:64", "mxfp4")
 
 
 def cases():

@@ -32,7 +32,8 @@ _SMALLEST_SHARD = 4 << 20
 _EXPERTS = re.compile(r"(?:(?<=\.)|^)(?:experts\.|input_linear\.|output_linear\.).*")
 
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def side_by_side(fn: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
