@@ -17,7 +17,7 @@ EPILOG = """Examples:
   moestro doctor --folder /data/models     measure the disk that holds your models
   moestro doctor --no-probe --json"""
 PROBE_BYTES, READ_BYTES = 256 << 20, 4 << 20
-LAB = ("torch", "transformers", "scipy", "psutil", "matplotlib", "accelerate", "scikit-learn", "networkx")
+LAB = ("torch", "transformers", "scipy", "psutil", "matplotlib", "accelerate", "scikit-learn", "networkx", "threadpoolctl")
 LEAN = ("numpy", "safetensors", "tokenizers", "jinja2", "huggingface_hub", "gguf", "typer", "rich")
 
 
