@@ -66,7 +66,7 @@ def shared(tokens, tmp_path_factory):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
     command = [sys.executable, *launcher, "-m", "tests.train.trained", tokens.folder, result]
     done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, timeout=120
+        list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(result.read_text())

@@ -5,7 +5,8 @@ Idea       Zero, copy and constant experts let easy tokens skip work; the previo
 Rule       z_l = W_l x + G_l z_{l-1}, no second term in the first layer; p = softmax z; S = the K largest; p of a zero expert is set to 0,
            then g = p over its sum on S. W_l may be a two-layer tanh net D -> 8E -> E
            loss = beta sum_e eta_e f_e P_e; f_e = c_e / T; eta 1 for feed-forward experts, tau for others
-           capacity of an expert: gamma eta_e N / (tau N_F + N_Z) of N pairs, in token order; in training only
+           capacity of N pairs, in token order and in training only: gamma tau N / (tau N_F + N_Z) for a feed-forward expert, for others
+           gamma N / (tau N_F + N_Z)
 Needs      special experts of the configuration: {"name": "constant", "count": 2}, "copy", "zero"
 Gives      a router with balance loss and capacity; leaves its logits in ctx.carry
 Departs    G starts at zero, as its start is not in the release. N counts the pairs: the paper's T would drop half of them
@@ -58,13 +59,13 @@ class Residual(nn.Module):
 
 
 class SizedCapacity(nn.Module):
-    """A tap on the routing: in training, each expert takes factor * share_e of the pairs, in token order."""
+    """A tap on the routing: in training, each expert takes its share of factor * pairs, in token order. size_E: shares, of any scale."""
 
     point = "routing"
 
-    def __init__(self, eta_E: Tensor, factor: float) -> None:
+    def __init__(self, size_E: Tensor, factor: float) -> None:
         super().__init__()
-        self.share, self.factor = [float(eta / eta_E.sum()) for eta in eta_E], factor
+        self.share, self.factor = [float(size / size_E.sum()) for size in size_E], factor
 
     def limits(self, pairs: int) -> list[int]:
         """C of each expert."""
@@ -80,7 +81,7 @@ class SizedCapacity(nn.Module):
 
 
 def costed(site: Site, tau: float) -> Tensor:
-    """eta_E: 1 for feed-forward experts, tau for others."""
+    """1 for feed-forward experts, tau for others."""
     return torch.tensor([1.0 if kind == FFN else tau for kind in site.bank().kinds])
 
 
@@ -99,6 +100,6 @@ def moe_plus_plus(
         normalise=softmax,
         select=TopK(site.top_k),
         combine=AmongOthers(site),
-        taps=[SizedCapacity(eta_E, capacity)],
+        taps=[SizedCapacity(costed(site, 1 / tau), capacity)],
         losses={"balance": loss},
     )
