@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -18,8 +19,11 @@ from moestro.core.experts import ExpertKey
 from moestro.core.layer import ModelFacts
 from moestro.core.method import card_of, catalogue, load
 from moestro.core.trace import Trace
+from moestro.engine.evict.lru import Lru
 from moestro.engine.prefetch import Glimpse, Prefetcher
 from moestro.engine.table import Counts, Eviction, Moment, SlotTable, needed
+from moestro.kernels import replay as native
+from moestro.kernels.native import cores
 
 LRU, BELADY, NONE, GATE = "engine.evict.lru", "engine.evict.belady", "engine.predict.none", "engine.predict.gate"
 
@@ -36,8 +40,12 @@ class Demands:
     """Every demand of a trace, pass by pass and layer by layer; made once, replayed at any setting."""
 
     def __init__(self, trace: Trace) -> None:
-        self.list = _demands(trace)
-        self._num_experts = trace.num_experts
+        self._trace = trace
+
+    @functools.cached_property
+    def list(self) -> Sequence[Demand]:
+        """As the live engine makes them, in order."""
+        return _demands(self._trace)
 
     @functools.cached_property
     def future(self) -> dict[ExpertKey, list[int]]:
@@ -47,23 +55,59 @@ class Demands:
     @functools.cached_property
     def largest(self) -> tuple[int, ...]:
         """The most experts that one pass needs of each layer."""
-        out = [0] * len(self._num_experts)
+        out = [0] * self._trace.layers
         for moment, keys, _ in self.list:
             out[moment.layer] = max(out[moment.layer], len(keys))
         return tuple(out)
 
     @functools.cached_property
-    def depths(self) -> list[np.ndarray]:
-        """For each demand the depth of each of its keys in the recency stack of all layers; the largest integer: never used."""
-        return _stack_depths(self._num_experts, self.list)
+    def flat(self) -> native.Asked | None:
+        """The same for native replays; None where there is no native code."""
+        steps = [*self._trace.steps()]
+        starts_P1 = np.array([0, *(step.rows.stop for step in steps)])
+        return native.asked(self._trace.experts_LTK, starts_P1, np.array([s.prefill for s in steps]), self._trace.num_experts)
 
-    @functools.cached_property
-    def depths_in_layer(self) -> list[np.ndarray]:
-        """As `depths`, in a stack per layer."""
-        layers, out = len(self._num_experts), list[np.ndarray]([np.zeros(0)] * len(self.list))
-        for layer in range(layers):
-            out[layer::layers] = _stack_depths(self._num_experts, self.list[layer::layers])
-        return out
+
+def count(
+    asked: Demands, eviction: str, scope: str, slots: Sequence[Sequence[int]]
+) -> list[tuple[list[Counts], list[Counts]]] | None:
+    """For each budget the counts (decode, prefill) per layer, natively: no prefetching, pinned experts or options.
+
+    slots: of each budget, as `SlotTable` takes them. None when the policy has no native form, or nothing native is there.
+    """
+    policy = getattr(load(eviction, "eviction"), "native", None)
+    if policy is None or asked.flat is None:
+        return None
+    tally = np.zeros((len(slots), 2, len(asked.flat.first_L1) - 1, 3), np.int64)
+    for pool in range(len(slots[0])):
+        order = sorted(range(len(slots)), key=lambda i: slots[i][pool])
+        found = native.count(asked.flat, policy, [slots[i][pool] for i in order], None if scope == "global" else pool)
+        if found is None:
+            return None
+        tally[order] += found
+    return [(_counts(decode), _counts(prefill)) for decode, prefill in tally]
+
+
+def _count_all(
+    demands: Mapping[str, Demands], wanted: Sequence[tuple[str, str]], scope: str, splits: Sequence[Sequence[int]]
+) -> dict[tuple[str, str], list[tuple[list[Counts], list[Counts]]] | None]:
+    """`count` for each (routing, policy), on all cores: those that take every budget in one pass first, for they take longest."""
+    parts = {
+        (routing, name): [splits] if getattr(load(name, "eviction"), "native", "") in native.ONE_PASS else [[s] for s in splits]
+        for routing, name in wanted
+    }
+    with ThreadPoolExecutor(cores()) as threads:
+        ran = {
+            (routing, name): [threads.submit(count, demands[routing], name, scope, part) for part in parts[routing, name]]
+            for routing, name in sorted(wanted, key=lambda run: len(parts[run]))
+            if demands[routing].flat is not None
+        }
+        done = {run: [future.result() for future in futures] for run, futures in ran.items()}
+    return {run: None if None in found else [one for part in found for one in part or ()] for run, found in done.items()}
+
+
+def _counts(tally_L3: np.ndarray) -> list[Counts]:
+    return [Counts(demands, demands - misses, misses, evictions) for demands, misses, evictions in tally_L3.tolist()]
 
 
 def _demands(trace: Trace) -> list[Demand]:
@@ -221,14 +265,20 @@ def replay(
         InputError: slots, names or options that cannot be.
     """
     asked = Demands(trace) if asked is None else asked
+    ahead = bool(prefetch) and predictor != NONE
+    if not (ahead or pinned or eviction_options or predictor_options):
+        SlotTable(slots, scope, Lru, layers=trace.layers)  # refuses what cannot be
+        load(predictor, "predictor")
+        if found := count(asked, eviction, scope, [slots]):
+            return _report(trace, slots, scope, found[0], eviction, expert_bytes, predictor=predictor, prefetch=prefetch)
     needs = {
         need for name, kind in ((eviction, "eviction"), (predictor, "predictor")) for need in card_of(load(name, kind)).needs
     }
-    ahead = asked.future if "future" in needs else None
-    factory = eviction_factory(eviction, eviction_options, ahead)
+    known = asked.future if "future" in needs else None
+    factory = eviction_factory(eviction, eviction_options, known)
     table = SlotTable(slots, scope, factory, layers=trace.layers, pinned=pinned)
-    guesser = make_predictor(predictor, trace.layers, trace.num_experts, predictor_options, ahead)
-    if prefetch and predictor != NONE:
+    guesser = make_predictor(predictor, trace.layers, trace.num_experts, predictor_options, known)
+    if ahead:
         prefetcher = Prefetcher(guesser, table, prefetch)
         experts_LTK = np.asarray(trace.experts_LTK)
         ahead_LTK = None if trace.ahead_LTK is None else np.asarray(trace.ahead_LTK)
@@ -238,65 +288,26 @@ def replay(
                 if wave.last:
                     glimpse = None if ahead_LTK is None or layer + 1 == trace.layers else Glimpse(ahead_TW=ahead_LTK[layer, rows])
                     prefetcher.routed(experts_LTK[layer, rows], moment, glimpse)
-    elif eviction == LRU and not pinned and (counted := _stack_counts(table, asked)):
-        return _report(trace, table, counted, eviction, predictor, 0, pinned, expert_bytes)
     else:
         for moment, keys, _ in asked.list:
             for _ in table.waves(keys, moment):
                 pass
     decode, prefill = ([table.counts(prefill=p, layer=i) for i in range(trace.layers)] for p in (False, True))
-    return _report(trace, table, (decode, prefill), eviction, predictor, prefetch, pinned, expert_bytes)
-
-
-def _stack_counts(table: SlotTable, asked: Demands) -> tuple[list[Counts], list[Counts]] | None:
-    """LRU's counts (decode, prefill) per layer without simulating, from stack distances; None when a demand needs waves.
-
-    An expert is resident iff fewer than `slots` distinct experts of its pool were used since its own last use, the demand it is
-    part of counting from before. Agrees with the simulation count for count.
-    """
-    layers, shared = table.layers, table.scope == "global"
-    if any(most > table.room(layer) for layer, most in enumerate(asked.largest)):
-        return None
-    decode, prefill = [Counts() for _ in range(layers)], [Counts() for _ in range(layers)]
-    free = list(table.slots)
-    for (moment, keys, _), depths in zip(asked.list, asked.depths if shared else asked.depths_in_layer, strict=True):
-        pool = 0 if shared else moment.layer
-        counts = (prefill if moment.prefill else decode)[moment.layer]
-        misses = int(np.count_nonzero(depths > table.slots[pool]))
-        fills = min(free[pool], misses)
-        free[pool] -= fills
-        counts.demands += len(keys)
-        counts.hits += len(keys) - misses
-        counts.misses += misses
-        counts.evictions += misses - fills
-    return decode, prefill
-
-
-def _stack_depths(num_experts: Sequence[int], asked: Sequence[Demand]) -> list[np.ndarray]:
-    starts = np.concatenate([[0], np.cumsum(num_experts)])
-    used = {layer for (_, layer, _), _, _ in asked}
-    first = int(starts[min(used, default=0)])
-    last = np.zeros(int(starts[max(used, default=0) + 1]) - first, np.int64)  # 0: never
-    never, clock, depths = np.iinfo(np.int64).max, 0, []
-    for moment, keys, _ in asked:
-        ids = np.array([key[1] for key in keys], np.int64) + (starts[moment.layer] - first)
-        mine = last[ids]
-        newer = len(last) - np.searchsorted(np.sort(last), mine)
-        depths.append(np.where(mine > 0, newer, never))
-        last[ids] = np.arange(clock + 1, clock + 1 + len(ids))
-        clock += len(ids)
-    return depths
+    said = {"predictor": predictor, "prefetch": prefetch, "pinned": len(pinned)}
+    return _report(trace, slots, scope, (decode, prefill), eviction, expert_bytes, **said)
 
 
 def _report(
     trace: Trace,
-    table: SlotTable,
+    slots: Sequence[int],
+    scope: str,
     counted: tuple[list[Counts], list[Counts]],
     eviction: str,
-    predictor: str,
-    prefetch: int,
-    pinned: Sequence[ExpertKey],
     expert_bytes: Sequence[int] | None,
+    *,
+    predictor: str = NONE,
+    prefetch: int = 0,
+    pinned: int = 0,
 ) -> CacheReport:
     sizes = list(expert_bytes) if expert_bytes is not None else [0] * trace.layers
     read_in_prompts = int(np.count_nonzero(np.asarray(trace.prefill_T)))
@@ -307,10 +318,10 @@ def _report(
     return CacheReport(
         eviction,
         predictor,
-        table.scope,
-        table.slots,
+        scope,
+        tuple(int(n) for n in slots),
         prefetch,
-        len(pinned),
+        pinned,
         sum(counted[True], Counts()),
         sum(counted[False], Counts()),
         tuple(counted[False]),
@@ -440,14 +451,20 @@ def sweep(
     if null:
         random = uniform_like(trace, seed)
         runs += [("uniform", random, name) for name in (LRU, BELADY)]
+    splits = [(slots,) if scope == "global" else uniform(slots, trace.num_experts, top_k) for _, slots in sorted(sized)]
     cached = {routing: Demands(which) for routing, which in {r: t for r, t, _ in runs}.items()}
-    reports = []
+    pins = {(routing, name): [pins_of(name, which, split, scope) for split in splits] for routing, which, name in runs}
+    counted = _count_all(cached, [(routing, name) for routing, _, name in runs if not any(pins[routing, name])], scope, splits)
+    reports: list[CacheReport] = []
     for routing, which, name in runs:
-        for _, slots in sorted(sized):
-            split = (slots,) if scope == "global" else uniform(slots, trace.num_experts, top_k)
-            pins = pins_of(name, which, split, scope)
-            done = replay(which, split, scope, name, pinned=pins, expert_bytes=sizes, asked=cached[routing])
-            reports.append(replace(done, routing=routing))
+        found = counted.get((routing, name))
+        for i, split in enumerate(splits):
+            if found is not None:
+                report = _report(which, split, scope, found[i], name, sizes)
+            else:
+                pinned = pins[routing, name][i]
+                report = replay(which, split, scope, name, pinned=pinned, expert_bytes=sizes, asked=cached[routing])
+            reports.append(replace(report, routing=routing))
             if progress:
                 progress(len(reports), len(runs) * len(sized))
     return Sweep(tuple(sorted(sized)), experts, tuple(reports))

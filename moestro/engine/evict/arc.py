@@ -26,6 +26,8 @@ from moestro.engine.table import Moment
 class Arc:
     """Adaptive replacement cache."""
 
+    native = "arc"  # its form in kernels.replay, without options
+
     def __init__(self, capacity: int, layers: int) -> None:
         self._capacity = capacity
         self._target = 0.0  # p, the room that T1 should have

@@ -27,6 +27,8 @@ NEVER = 1 << 62
 class Belady:
     """Farthest next use. future: key -> steps of its demands, ascending."""
 
+    native = "belady"  # its form in kernels.replay, without options
+
     def __init__(self, capacity: int, layers: int, future: Mapping[ExpertKey, Sequence[int]]) -> None:
         self._future = future
         self._heap = ScoreHeap()

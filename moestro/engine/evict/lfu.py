@@ -26,6 +26,8 @@ from moestro.engine.table import Moment
 class Lfu:
     """Least frequently used. half_life: in forward passes; 0 counts for ever."""
 
+    native = "lfu"  # its form in kernels.replay, without options
+
     def __init__(self, capacity: int, layers: int, *, half_life: float = 0.0) -> None:
         self._half_life = half_life
         self._uses: dict[ExpertKey, float] = {}  # with a half-life: log2 of the sum of 2 ** (step / h), which keeps the order

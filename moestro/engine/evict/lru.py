@@ -23,6 +23,8 @@ from moestro.engine.table import Moment
 class Lru:
     """Least recently used. A prefetched expert counts as used when it is placed."""
 
+    native = "lru"  # its form in kernels.replay, without options
+
     def __init__(self, capacity: int, layers: int) -> None:
         self._order: OrderedDict[ExpertKey, None] = OrderedDict()
 

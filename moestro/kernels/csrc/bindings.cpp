@@ -1,4 +1,4 @@
-// With trunk_bindings.cpp and routing_bindings.cpp the only files that know Python. Here addresses come as integers: the Python side
+// With trunk_bindings.cpp, routing_bindings.cpp and replay_bindings.cpp the only files that know Python. Here addresses come as integers: the Python side
 // has checked dtypes, shapes and strides.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
@@ -87,6 +87,7 @@ NB_MODULE(_native, m) {
     bind_trunk(m);
     bind_routing(m);
     bind_step(m);
+    bind_replay(m);
 
     using Request = std::tuple<int64_t, int64_t, int64_t, Address>;
     nb::class_<Queue>(m, "Queue")

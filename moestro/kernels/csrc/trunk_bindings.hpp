@@ -18,5 +18,6 @@ MatrixRef matrix_of(const PackedMatrix& packed);
 void bind_trunk(nanobind::module_& m);
 void bind_routing(nanobind::module_& m);
 void bind_step(nanobind::module_& m);
+void bind_replay(nanobind::module_& m);
 
 }  // namespace moestro
