@@ -19,7 +19,8 @@ EPILOG = """Examples:
   moestro apply plan.json -o ./store                     pack the experts as the plan says
   moestro run MODEL "Hello" --plan plan.json --store ./store
   moestro apply plan.json -o ./store4 --codec int4:32 --trunk-codec int4:32   fewer bytes: runs then say SHRUNK
-  moestro run MODEL "Hello" --memory 4GiB --store ./store4"""
+  moestro run MODEL "Hello" --memory 4GiB --store ./store4
+  moestro apply half.json -o ./smaller                   write the smaller model that a compression plan describes"""
 
 
 def apply(
@@ -30,21 +31,36 @@ def apply(
     ] = None,
     codec: CodecChoice = None,
     trunk_codec: TrunkCodecChoice = None,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where a compression plan's profile is now.", show_default=False)
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Do what a plan says. A residency plan packs the model's experts, one aligned record each, for faster reads, and a quantised trunk.
 
-    --codec and --trunk-codec are used instead of the plan's.
+    A compression plan writes a new model folder. --codec and --trunk-codec are used instead of a residency plan's.
     """
+    from moestro.cli import compress
+    from moestro.cli.errors import bad_argument
     from moestro.core.errors import PlanError
     from moestro.core.plan import read_plan
+    from moestro.core.plans.compression import CompressionPlan
     from moestro.core.plans.residency import ResidencyPlan
 
     read = read_plan(plan)
+    if isinstance(read, CompressionPlan):
+        if codec is not None or trunk_codec is not None:
+            bad_argument("--codec and --trunk-codec are for residency plans", "a plan that says its codecs itself")
+        compress.apply(read, output, model, profile, quiet, as_json)
+        return
+    if profile is not None:
+        bad_argument("--profile is for compression plans", "none")
     if not isinstance(read, ResidencyPlan):
         raise PlanError(
-            f"{plan} is a {read.kind} plan", expected="a residency plan", fix="moestro plan residency MODEL --memory SIZE"
+            f"{plan} is a {read.kind} plan",
+            expected="a residency or a compression plan",
+            fix="moestro plan residency MODEL --memory SIZE",
         )
     done = pack(read, output, model, codec, trunk_codec, quiet)
     if as_json:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import moestro
-from moestro.cli import apply, diff, doctor, errors, inspect, methods, plan, profile, replay, run, show, train
+from moestro.cli import apply, diff, doctor, errors, eval, inspect, methods, plan, profile, replay, run, show, train
 
 EPILOG = """Examples:
 
@@ -18,6 +18,7 @@ EPILOG = """Examples:
   moestro inspect allenai/OLMoE-1B-7B-0924               sizes, and what fits in which memory
   moestro run allenai/OLMoE-1B-7B-0924 "Hello" --memory 4GiB
   moestro plan residency MODEL --memory 4GiB --trace t.trace -o plan.json
+  moestro plan reap MODEL --profile book.profile --ratio 0.25 -o smaller.json
 
 Exit codes: 0 done, 1 something would be skipped or an internal error, 2 cannot be done, 130 interrupted."""
 
@@ -30,7 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for module in (inspect, run, train, profile, plan, show, diff, apply, replay, methods, doctor):
+for module in (inspect, run, train, profile, plan, show, diff, apply, eval, replay, methods, doctor):
     module.register(app)
 
 

@@ -1,4 +1,4 @@
-"""`moestro plan`: decide something and write it down. `residency`: what stays in memory and what is streamed."""
+"""`moestro plan`: decide something and write it down. `residency`: what stays in memory and what is streamed. METHOD: see cli.compress."""
 
 from __future__ import annotations
 
@@ -138,9 +138,15 @@ def read_tokens(checkpoint: Checkpoint, data: Path) -> list[int]:
 
 
 def register(app: typer.Typer) -> None:
+    from moestro.cli import compress
+
     group = typer.Typer(
-        help="Decide what will be done, as a file to read, compare and keep.", no_args_is_help=True, rich_markup_mode=None
+        cls=compress.PlanGroup,
+        help="Decide what will be done, as a file to read, compare and keep.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
     )
     group.command(epilog=EPILOG)(residency)
+    group.command("compress", epilog=compress.EPILOG)(compress.plan)
     group.callback()(lambda: None)
     app.add_typer(group, name="plan")
