@@ -8,7 +8,7 @@
 namespace moestro {
 namespace {
 
-constexpr int64_t TASK_BYTES = 128 << 10;        // weights of one task of an expert
+constexpr int64_t TASK_BYTES = 384 << 10;        // weights of one task of an expert
 constexpr int64_t LINEAR_TASK_BYTES = 256 << 10;
 constexpr int64_t ALONE = 1 << 20;               // multiply-adds below which waking a thread costs more than it gives
 constexpr int64_t PAIR = 2 * TILE;               // output rows whose activations are rounded together

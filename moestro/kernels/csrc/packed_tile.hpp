@@ -51,7 +51,9 @@ struct Unit {
     Floats scale[PARTS];
     Ints zero[PARTS];
     Floats minimum[PARTS];
-    explicit Unit(const uint8_t* head) {
+    Unit() = default;
+    explicit Unit(const uint8_t* head) { read(head); }
+    void read(const uint8_t* head) {
         for (int i = 0; i < PARTS; ++i) {
             if constexpr (F == Format::tiles_mxfp4)
                 scale[i] = D::half_powers(head + D::LANES * i);
@@ -82,19 +84,23 @@ struct Unit {
     }
 };
 
-// One step of one plane for one row; its sums stay in registers. Word by word for all parts: in another order it takes half as long again.
-template <Format F>
-inline void add_single(const uint8_t* p, const Unit<F>& unit, const int8_t* codes, Floats by, Ints total, Floats* sums) {
-    Dot<F> dots[PARTS];
+// One step of one plane of W tiles for one row; its sums stay in registers. Word by word for all: in another order it takes half as
+// long again.
+template <Format F, int W>
+inline void add_single(const uint8_t* const* p, const Unit<F>* units, const int8_t* codes, Floats by, Ints total, Floats (*sums)[PARTS]) {
+    Dot<F> dots[W][PARTS];
 #pragma GCC unroll 8
     for (int j = 0; j < WORDS; ++j) {
         const Bytes a = D::broadcast(codes + 4 * j);
 #pragma GCC unroll 4
-        for (int part = 0; part < PARTS; ++part) dots[part].add(j, word<F>(p, part, j), a);
+        for (int t = 0; t < W; ++t)
+#pragma GCC unroll 4
+            for (int part = 0; part < PARTS; ++part) dots[t][part].add(j, word<F>(p[t], part, j), a);
     }
 #pragma GCC unroll 4
-    for (int part = 0; part < PARTS; ++part)
-        sums[part] = unit.added(dots[part].total(), total, by, part, sums[part]);
+    for (int t = 0; t < W; ++t)
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; ++part) sums[t][part] = units[t].added(dots[t][part].total(), total, by, part, sums[t][part]);
 }
 
 // One step of one plane for R rows; their sums are in memory. words(part, j) gives the codes.
@@ -180,35 +186,65 @@ struct Streams {
     }
 };
 
-template <Format F, int EXTRA>
-void single(const MatrixRef& w, int64_t tile, int count, const Bundle& x, float* out) {
+// One row times `count` tiles of each of W runs, the second of which begins where the first ends: each activation is fetched once for
+// both, and memory is read at two places.
+template <Format F, int EXTRA, int W>
+void runs(const MatrixRef& w, int64_t tile, int count, const Bundle& x, float* out) {
     using S = Streams<F, EXTRA>;
-    S s(w, tile);
+    const uint8_t *p[W], *q[2][W];
+    for (int t = 0; t < W; ++t) {
+        const S s(w, tile + t * count);
+        p[t] = s.p;
+        for (int e = 0; e < 2; ++e) q[e][t] = s.q[e];
+    }
     const float* const end = x.scales + w.cols / STEP;
     const int steps = w.group / STEP;
-    for (int t = 0; t < count; ++t, out += TILE) {
+    for (int at = 0; at < count; ++at, out += TILE) {
         const int8_t* codes = x.codes;
         const float* scales = x.scales;
         const int32_t* totals = x.sums;
-        Floats sums[PARTS];
-        for (auto& sum : sums) sum = D::set(0.0f);
+        Floats sums[W][PARTS];
+        for (auto& tile_sums : sums)
+            for (auto& sum : tile_sums) sum = D::set(0.0f);
         while (scales != end) {
-            const Unit<F> unit(s.p);
-            const Unit<S::SIGN> third(EXTRA > 0 ? s.q[0] : s.p), fourth(EXTRA > 1 ? s.q[1] : s.p);
-            s.head();
+            Unit<F> units[W];
+            Unit<S::SIGN> thirds[W], fourths[W];
+            for (int t = 0; t < W; ++t) {
+                units[t].read(p[t]);
+                D::prefetch(p[t] + AHEAD);
+                p[t] += head_bytes(F);
+                for (int e = 0; e < EXTRA; ++e) {
+                    (e ? fourths : thirds)[t].read(q[e][t]);
+                    q[e][t] += head_bytes(S::SIGN);
+                }
+            }
             for (int i = 0; i < steps; ++i) {
-                s.prefetch();
+                for (int t = 0; t < W; ++t) {
+                    for (int k = 0; k < step_bytes(F); k += 64) D::prefetch(p[t] + AHEAD + k);
+                    for (int e = 0; e < EXTRA; ++e) D::prefetch(q[e][t] + AHEAD);
+                }
                 const Floats by = D::set(*scales++);
                 const Ints total = D::set(*totals++);
-                add_single<F>(s.p, unit, codes, by, total, sums);
-                if constexpr (EXTRA > 0) add_single<S::SIGN>(s.q[0], third, codes, by, total, sums);
-                if constexpr (EXTRA > 1) add_single<S::SIGN>(s.q[1], fourth, codes, by, total, sums);
+                add_single<F, W>(p, units, codes, by, total, sums);
+                if constexpr (EXTRA > 0) add_single<S::SIGN, W>(q[0], thirds, codes, by, total, sums);
+                if constexpr (EXTRA > 1) add_single<S::SIGN, W>(q[1], fourths, codes, by, total, sums);
                 codes += STEP;
-                s.step();
+                for (int t = 0; t < W; ++t) {
+                    p[t] += step_bytes(F);
+                    for (int e = 0; e < EXTRA; ++e) q[e][t] += step_bytes(S::SIGN);
+                }
             }
         }
-        for (int part = 0; part < PARTS; ++part) D::store(out + part * D::LANES, sums[part]);
+        for (int t = 0; t < W; ++t)
+            for (int part = 0; part < PARTS; ++part) D::store(out + t * count * TILE + part * D::LANES, sums[t][part]);
     }
+}
+
+template <Format F, int EXTRA>
+void single(const MatrixRef& w, int64_t tile, int count, const Bundle& x, float* out) {
+    const int half = EXTRA ? 0 : count / 2;
+    if (half) runs<F, EXTRA, 2>(w, tile, half, x, out);
+    if (2 * half < count) runs<F, EXTRA, 1>(w, tile + 2 * half, count - 2 * half, x, out + 2 * half * TILE);
 }
 
 template <Format F, int EXTRA>
