@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,12 +23,9 @@ MEANS = (
 def summary(report: Mapping[str, Any]) -> dict[str, Any]:
     """rows: one per contender that has trained cells, best loss first; and what the spread over seeds allows to say."""
     cells: Mapping[str, Any] = report["cells"]
-    by_name: dict[str, dict[int, dict[str, Any]]] = {}
-    for key, cell in cells.items():
-        name, _, part = key.rpartition(" / ")
-        if part != "time" and name in report["contenders"]:
-            by_name.setdefault(name, {})[int(part)] = cell
+    by_name = _by_name(cells, report["contenders"])
     rows = [_row(name, seeds, report["contenders"][name]) for name, seeds in by_name.items()]
+    noise = spread([[c["loss"] for _, c in sorted(by_name[r["name"]].items())] for r in rows if "loss" in r])
     base = next((r for r in rows if r["name"] == BASELINE and "loss" in r), None)
     for row in rows:
         timed = cells.get(f"{row['name']} / time", {})
@@ -35,13 +33,24 @@ def summary(report: Mapping[str, Any]) -> dict[str, Any]:
         if base is not None and "loss" in row:
             row["sizes"] = [row[k] / base[k] for k in ("parameters", "multiply_adds")]
             row["equal_size"] = all(abs(s - 1) <= NEAR for s in row["sizes"])
-            row["difference"] = difference(by_name[row["name"]], by_name[BASELINE])
+            row["difference"] = difference(by_name[row["name"]], by_name[BASELINE], noise)
     rows.sort(key=lambda r: r.get("loss", math.inf))
-    noise = spread([[c["loss"] for _, c in sorted(by_name[r["name"]].items())] for r in rows if "loss" in r])
     equal = [r for r in rows if r.get("equal_size")]
     for row in equal:
         row["near_best"] = noise["margin"] is not None and row["loss"] - equal[0]["loss"] <= noise["margin"]
     return {"noise": noise, "rows": rows}
+
+
+def _by_name(cells: Mapping[str, Any], contenders: Mapping[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Trained cells by contender and seed. A seed that fewer than nine in ten contenders have is not finished, and left out."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for key, cell in cells.items():
+        name, _, part = key.rpartition(" / ")
+        if part != "time" and name in contenders:
+            found.setdefault(name, {})[int(part)] = cell
+    counts = Counter(seed for seeds in found.values() for seed in seeds)
+    whole = {seed for seed, many in counts.items() if many >= 0.9 * max(counts.values())}
+    return {name: kept for name, seeds in found.items() if (kept := {s: c for s, c in seeds.items() if s in whole})}
 
 
 def _row(name: str, seeds: Mapping[int, Mapping[str, Any]], contender: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,12 +65,13 @@ def _row(name: str, seeds: Mapping[int, Mapping[str, Any]], contender: Mapping[s
     return row
 
 
-def difference(mine: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean of loss - baseline's loss over the seeds that both have, and its interval by Student's t (None for a single seed)."""
+def difference(mine: Mapping[int, Any], base: Mapping[int, Any], noise: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean of loss - baseline's loss over the seeds that both have. Its interval is by Student's t with the spread of all contenders together:
+    a few seeds of one contender would say little of its own. None without a spread, and for the baseline itself."""
     pairs = [mine[s]["loss"] - base[s]["loss"] for s in mine if "loss" in base.get(s, {})]
-    found: dict[str, Any] = {"mean": statistics.fmean(pairs), "interval": None}
-    if len(pairs) > 1:
-        half = float(stats.t.ppf((1 + LEVEL) / 2, len(pairs) - 1)) * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    found: dict[str, Any] = {"mean": statistics.fmean(pairs), "interval": None, "each": pairs}
+    if noise["sd"] is not None and mine is not base:
+        half = float(stats.t.ppf((1 + LEVEL) / 2, noise["free"])) * noise["sd"] * math.sqrt(2 / len(pairs))
         found["interval"] = [found["mean"] - half, found["mean"] + half]
     return found
 
@@ -69,19 +79,19 @@ def difference(mine: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping
 def spread(losses: Iterable[Sequence[float]]) -> dict[str, Any]:
     """Noise between contenders and seeds, of those with every seed.
 
-    sd: what is left of the losses when contender and seed are taken out. margin: Tukey's: any two means further apart than this differ, with
+    sd: what is left of the losses when contender and seed are taken out, with so many degrees of freedom (free). margin: Tukey's: any two means further apart than this differ, with
     all pairs compared at once. None with fewer than two seeds or contenders.
     """
     rows = list(losses)
     most = max((len(r) for r in rows), default=0)
     table_CS = np.array([r for r in rows if len(r) == most])
     if most < 2 or len(table_CS) < 2:
-        return {"sd": None, "margin": None, "contenders": len(table_CS), "seeds": most}
+        return {"sd": None, "free": 0, "margin": None, "contenders": len(table_CS), "seeds": most}
     left = table_CS - table_CS.mean(1, keepdims=True) - table_CS.mean(0) + table_CS.mean()
     free = (len(table_CS) - 1) * (most - 1)
     sd = math.sqrt(float((left**2).sum()) / free)
     margin = float(stats.studentized_range.ppf(LEVEL, len(table_CS), free)) * sd / math.sqrt(most)
-    return {"sd": sd, "margin": margin, "contenders": len(table_CS), "seeds": most}
+    return {"sd": sd, "free": free, "margin": margin, "contenders": len(table_CS), "seeds": most}
 
 
 def table(found: Mapping[str, Any]) -> str:

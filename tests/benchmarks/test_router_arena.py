@@ -13,6 +13,7 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import arena_page  # noqa: E402
 import arena_summary  # noqa: E402
 import router_arena  # noqa: E402
 from arena_contenders import BASELINE, LEFT_OUT, Shape, contenders  # noqa: E402
@@ -78,6 +79,7 @@ def test_an_arena_stops_and_goes_on(work, capsys):
     rows = {r["name"]: r for r in report["summary"]["rows"]}
     base = rows[BASELINE]
     assert base["difference"]["mean"] == 0 and base["active"] == 2 and base["equal_size"] and base["sizes"] == [1, 1]
+    assert base["difference"]["interval"] is None and rows["hash"]["difference"]["interval"][0] < 0.2
     assert rows["hash"]["churn"] == 0 and rows["hash"]["active"] == 1
     assert rows["hash"]["information"] > 0.05  # each letter belongs to one domain, each expert has four letters
     assert rows["top-p"]["multiply_adds"] > base["multiply_adds"] and not rows["top-p"]["equal_size"]
@@ -86,8 +88,27 @@ def test_an_arena_stops_and_goes_on(work, capsys):
     assert all(r["times_baseline"]["median"] > 0 for r in rows.values())
     assert "dispatch_share" in base and "dispatch_share" not in rows["dense, equal active"]
     assert BASELINE in capsys.readouterr().out
+    shown(report, work)
     changed = arena(work, "--only", "hash", "--seeds", "0", "--parts", "train", "--set", *TINY[1:], "steps=12")
     assert len(changed["cells"]) == 2  # another shape is another arena
+
+
+def shown(report: dict, folder: Path) -> None:
+    """The page and the pictures of a report."""
+    for make in arena_page.FIGURES.values():
+        text = make(report)
+        assert text.endswith("\n") and text != arena_page.MISSING
+    assert all(f"{row['loss']:.3f}" in arena_page.table(report) for row in report["summary"]["rows"])
+    assert "cannot be told" in arena_page.verdict(report) or "by more than that margin" in arena_page.verdict(report)
+    made = arena_page.pictures(report, folder / "images")
+    assert len(made) == 4 and all(path.stat().st_size > 5000 for path in made)
+
+
+def test_the_pages_blocks_can_all_be_filled(tmp_path):
+    page = arena_page.PAGE.read_text("utf-8")
+    assert {found[2] for found in arena_page.BLOCK.finditer(page)} == set(arena_page.FIGURES)
+    empty = arena_page.filled(page, tmp_path)
+    assert empty.count(arena_page.MISSING) == len(arena_page.FIGURES)
 
 
 def test_every_contender_trains_and_is_read(work):
@@ -130,11 +151,22 @@ def test_the_margin_is_tukeys():
     assert arena_summary.spread([[1.0], [2.0]])["margin"] is None
 
 
-def test_a_difference_is_paired_by_seed():
+def test_a_difference_is_paired_by_seed_and_its_interval_is_that_of_all():
     base = {s: {"loss": loss} for s, loss in enumerate((2.0, 3.0, 4.0))}
     mine = {s: {"loss": loss} for s, loss in enumerate((1.9, 2.9, 3.9))}
-    found = arena_summary.difference(mine, base)
-    assert found["mean"] == pytest.approx(-0.1) and found["interval"] == pytest.approx([-0.1, -0.1])
-    mine[2]["loss"] = 4.2
-    low, high = arena_summary.difference(mine, base)["interval"]
-    assert low < 0 < high
+    noise = {"sd": 0.05, "free": 78}
+    found = arena_summary.difference(mine, base, noise)
+    assert found["mean"] == pytest.approx(-0.1) and found["each"] == pytest.approx([-0.1] * 3)
+    assert found["interval"] == pytest.approx(
+        [-0.1 - 1.991 * 0.05 * (2 / 3) ** 0.5, -0.1 + 1.991 * 0.05 * (2 / 3) ** 0.5], abs=1e-4
+    )
+    assert arena_summary.difference(base, base, noise)["interval"] is None
+    assert arena_summary.difference(mine, base, {"sd": None})["interval"] is None
+
+
+def test_a_seed_that_is_not_finished_does_not_count():
+    contenders = {name: {} for name in "abcdefghijk"}
+    cells = {f"{name} / {seed}": {"loss": 1.0} for name in contenders for seed in (0, 1)}
+    cells |= {"a / 2": {"loss": 5.0}, "k / time": {"ms": 1.0}, "gone / 0": {"loss": 9.0}}
+    found = arena_summary._by_name(cells, contenders)
+    assert {name: sorted(seeds) for name, seeds in found.items()} == {name: [0, 1] for name in contenders}
