@@ -20,9 +20,6 @@ LEFT_OUT = {  # methods of the catalogue that are no contender, and why
     "layers.architectures.dit": "image diffusion; reads later tokens",
     "layers.routers.moiie": "routes images and text apart; there are no images here",
     "layers.architectures.modality": "routes images and text apart; there are no images here",
-    "layers.architectures.task_level": "not measured yet",
-    "layers.routers.languages": "not measured yet",
-    "layers.routers.union": "not measured yet",
 }
 
 
@@ -202,6 +199,8 @@ def _routers(s: Shape) -> list[Contender]:
         one("norm router", "norm"),
         one("prototypes", "prototypes", {"num_experts": s.experts + 1}, note="one further expert is never used"),
         one("task routers", "tasks", tasks=4, note="is told the domain"),
+        one("union router", "union", note="unweighted slices"),
+        one("language experts", "languages", {"num_experts": 5}, note="four domains and one for all; told the domain in training"),
     ]  # fmt: skip
 
 
@@ -239,6 +238,7 @@ def _blocks(s: Shape) -> list[Contender]:
 
 
 def _architectures(s: Shape) -> list[Contender]:
+    falls = {"start": 2.0, "end": 0.1, "steps": s.steps, "shape": "exponential"}
     pool = {"num_experts": s.experts * s.layers, "router": "norm", "losses": ["pool"], "architecture": "unipool"}
     opened = {"name": "rexmoe", "reuse": s.layers, "begin": s.steps // 5, "end": max(1, s.steps * 3 // 5)}
     return [
@@ -250,6 +250,20 @@ def _architectures(s: Shape) -> list[Contender]:
             note="one pool for all layers",
         ),
         Contender("ReXMoE", "architecture", ("layers.architectures.rexmoe",), _topk() | {"architecture": opened}),
+        Contender(
+            "Union-of-Experts",
+            "architecture",
+            ("layers.routers.union", "layers.mixers.selective_heads"),
+            {"router": "union", "mixer": "selective_heads"},
+            note="half the heads of each token",
+        ),
+        Contender(
+            "task-level experts",
+            "architecture",
+            ("layers.architectures.task_level",),
+            {"architecture": {"name": "task_level", "copies": 4, "width": 16, "hidden": 16, "tau": falls}},
+            note="is told the domain; every copy of a layer is trained at each step",
+        ),
         Contender(
             "Hecto",
             "architecture",
