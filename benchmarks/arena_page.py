@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from arena_contenders import BASELINE
 from arena_summary import NEAR
 from cells import HERE
 from speed_page import BLOCK, MISSING, newest, rows_of
@@ -34,7 +35,7 @@ def trained(report: dict[str, Any]) -> list[Row]:
 
 
 def names(rows: list[Row]) -> str:
-    return ", ".join(row["name"] for row in rows)
+    return "; ".join(row["name"] for row in rows)
 
 
 def verdict(report: dict[str, Any]) -> str:
@@ -46,7 +47,7 @@ def verdict(report: dict[str, Any]) -> str:
         return said[0] + " One seed says nothing of noise: no ranking.\n"
     said.append(
         f"Once contender and seed are taken out, losses scatter with a standard deviation of {noise['sd']:.4f} nats per byte; two means of"
-        f" {noise['seeds']} seeds differ for certain (Tukey, 95 %, all pairs at once) only when they are {noise['margin']:.3f} apart."
+        f" {noise['seeds']} seeds count as different (Tukey, 95 %, all pairs at once) only when they are {noise['margin']:.3f} apart."
     )
     near = [row for row in equal if row["near_best"]]
     said.append(
@@ -120,7 +121,7 @@ def settings(report: dict[str, Any]) -> str:
     s, text = report["settings"]["shape"], report["settings"]["text"]
     seeds = report["summary"]["noise"]["seeds"]
     tokens = s["steps"] * s["batch"] * s["length"]
-    base = next(row for row in report["summary"]["rows"] if row["kind"] == "baseline" and "loss" in row)
+    base = next(row for row in report["summary"]["rows"] if row["name"] == BASELINE)
     many = ", ".join(f"{name} {n / 1e6:.1f} M" for name, n in text.items())
     return (
         f"{s['layers']} layers of width {s['d_model']}, {s['heads']} heads, {s['experts']} experts of width {s['d_expert']} in each, top {s['top_k']};"
@@ -285,7 +286,7 @@ def cost(report: dict[str, Any], plt: Any) -> Any:
     ax.set_xlabel("time of a training step, baseline = 1 (one thread); hollow: another size")
     ax.set_ylabel("held-out loss, nats per byte")
     ax.spines[["top", "right"]].set_visible(False)
-    _legend(ax, plt, loc="upper right")
+    _legend(ax, plt, loc="upper left")
     _label(figure, ax, named, [(row["times_baseline"]["median"], row["loss"]) for row in rows])
     return figure
 
