@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import moestro
-from moestro.cli import apply, diff, doctor, errors, eval, inspect, methods, plan, profile, replay, run, show, train
+from moestro.cli import apply, diff, doctor, errors, eval, export, inspect, methods, plan, profile, replay, run, show, train
 
 EPILOG = """Examples:
 
@@ -31,7 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for module in (inspect, run, train, profile, plan, show, diff, apply, eval, replay, methods, doctor):
+for module in (inspect, run, train, profile, plan, show, diff, apply, eval, export, replay, methods, doctor):
     module.register(app)
 
 

@@ -138,7 +138,7 @@ def read_tokens(checkpoint: Checkpoint, data: Path) -> list[int]:
 
 
 def register(app: typer.Typer) -> None:
-    from moestro.cli import compress
+    from moestro.cli import bits, compress
 
     group = typer.Typer(
         cls=compress.PlanGroup,
@@ -148,5 +148,6 @@ def register(app: typer.Typer) -> None:
     )
     group.command(epilog=EPILOG)(residency)
     group.command("compress", epilog=compress.EPILOG)(compress.plan)
+    group.command("bits", epilog=bits.EPILOG)(bits.bits)
     group.callback()(lambda: None)
     app.add_typer(group, name="plan")

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moestro.compress.trunk import TrunkMatrices
+import numpy as np
+
+from moestro.compress.calibration import RARE, Calibration
+from moestro.compress.evidence import Progress, expert_size, measure
+from moestro.compress.trunk import TrunkMatrices, trunk_matrices
+from moestro.core.errors import InputError
+from moestro.core.experts import ExpertKey, ExpertSpec
+from moestro.core.method import card_of, load
 from moestro.core.plan import Subject
 from moestro.core.plans.compression import STORED, CompressionPlan, Encoding, LayerChange, Slot
 from moestro.models.checkpoint import Checkpoint
 from moestro.models.codecs.coded import coded_bytes
+from moestro.models.codecs.encode import parse_codec
 from moestro.models.layout import Layout
+from moestro.profile.profile import Profile
 
 
 def blank(checkpoint: Checkpoint, layout: Layout, method: str, **fields: Any) -> CompressionPlan:
@@ -79,3 +88,129 @@ def expert_bytes(plan: CompressionPlan, layout: Layout) -> int:
             else:
                 total += sum(coded_bytes(codec, shape) for shape in shapes)
     return total
+
+
+@dataclass(frozen=True, slots=True)
+class BitsWish:
+    """What is asked for. method: of kind 'encode', with options. codecs: one, or widths to choose from, the fewest bytes first.
+
+    bits: average bits of an expert's weight, scales included, where there are several; budget: what chooses, with options.
+    trunk, ends: codecs of the trunk's inner matrices and of embedding and head, rounded to nearest; 'stored' leaves them.
+    """
+
+    method: str
+    codecs: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    bits: float | None = None
+    budget: str = "compress.budget.mc_moe"
+    budget_options: Mapping[str, Any] = field(default_factory=dict)
+    trunk: str = STORED
+    ends: str = STORED
+
+
+@dataclass(frozen=True, slots=True)
+class BitsPlan:
+    """plan: what will be done. plain: matrices that it leaves as they are stored. unseen: experts that no kept token was routed to."""
+
+    plan: CompressionPlan
+    plain: tuple[str, ...]
+    unseen: tuple[ExpertKey, ...]
+
+
+def plan_bits(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    wish: BitsWish,
+    *,
+    profile: Profile | None = None,
+    profile_path: str = "",
+    base: CompressionPlan | None = None,
+    progress: Progress | None = None,
+) -> BitsPlan:
+    """Give every expert and the trunk their bits. base: a plan to go on from.
+
+    Raises InputError for a wish that cannot be fulfilled, ProfileError for a profile of another model or without inputs, PlanError
+    when `base` is of another model.
+    """
+    fn = load(wish.method, "encode")
+    card = card_of(fn)
+    if unknown := sorted(set(wish.options) - {o.name for o in card.options if o.name != "codec"}):
+        raise InputError(f"{card.name} has no option {unknown[0]!r}", expected=", ".join(o.name for o in card.options))
+    given = Calibration(profile, layout.facts) if profile is not None and "kept_x_LND" in profile.arrays else None
+    if given is None and ("inputs" in card.needs or len(wish.codecs) > 1):
+        what = card.name if "inputs" in card.needs else "choosing bits"
+        raise InputError(
+            f"{what} needs the inputs of the experts", fix="moestro profile MODEL DATA --probe inputs -o FILE, and --profile FILE"
+        )
+    codecs = tuple(parse_codec(codec).name for codec in wish.codecs)
+    for la in layout.facts.layers:
+        for codec in codecs:
+            expert_size(la.spec, codec)  # raises where a codec does not fit
+    plan = base or blank(checkpoint, layout, card.name)
+    plan.check(layout.facts)
+    asked = {"codec": ",".join(codecs), "bits": wish.bits, "trunk": wish.trunk, "ends": wish.ends, **wish.options}
+    plan = replace(
+        plan,
+        method=card.name if base is None else f"{base.method} > {card.name}",
+        options=asked if base is None else {**base.options, card.name: asked},
+        inputs={**plan.inputs, **({"profile": profile.data} if profile is not None else {})},
+        profile=profile_path or plan.profile,
+    )
+    if (wish.bits is None) != (len(codecs) == 1):
+        raise InputError(
+            "the average bits are " + ("not said" if wish.bits is None else "said, and there is one codec"),
+            expected="several codecs with --bits, or one without",
+        )
+    if wish.bits is None:
+        plan = encode_experts(plan, layout, card.name, codecs[0], wish.options)
+    else:
+        assert given is not None
+        if any(len(s.sources) > 1 or s.neurons for la in plan.layers for s in la.slots):
+            raise InputError(
+                "the plan to start from merges or slims experts",
+                expected="one that removes experts at most",
+                fix="give one codec",
+            )
+        plan = _mixed(plan, checkpoint, layout, wish, card.name, codecs, given, progress)
+    found = trunk_matrices(checkpoint, layout)
+    inner, outer = (None if codec == STORED else ("compress.encode.rtn", codec) for codec in (wish.trunk, wish.ends))
+    plan = encode_trunk(plan, found, inner=inner, outer=outer)
+    plain = (*(found.inner if inner is None else ()), *(found.outer if outer is None else ()))
+    rare = given.rare() if given is not None and "inputs" in card.needs else {}
+    if rare:
+        some = ", ".join(f"layer {k.layer} expert {k.expert} ({n})" for k, n in list(rare.items())[:8])
+        text = f"{len(rare)} experts saw fewer than {RARE} of the kept tokens and are fitted to their layer's inputs for the most part: {some}"
+        plan = replace(plan, stated=(*plan.stated, text + (", ..." if len(rare) > 8 else "")))
+    return BitsPlan(plan, plain, tuple(key for key, n in rare.items() if n == 0))
+
+
+def _mixed(
+    plan: CompressionPlan,
+    checkpoint: Checkpoint,
+    layout: Layout,
+    wish: BitsWish,
+    method: str,
+    codecs: tuple[str, ...],
+    given: Calibration,
+    progress: Progress | None,
+) -> CompressionPlan:
+    choose = load(wish.budget, "bits")
+    evidence = measure(checkpoint, layout, given, codecs, method, options=wish.options, progress=progress)
+    kept_LE = np.zeros_like(evidence.there_LE)
+    for la in plan.layers:
+        kept_LE[la.ordinal, [slot.sources[0] for slot in la.slots]] = True
+    evidence = replace(evidence, there_LE=kept_LE)
+    weights = sum(len(la.slots) * matrix_weights(layout.facts.layers[la.ordinal].spec) for la in plan.layers)
+    widths_LE = choose(evidence, int((wish.bits or 0) * weights / 8), **wish.budget_options)
+    rows = [[codecs[widths_LE[la.ordinal, slot.sources[0]]] for slot in la.slots] for la in plan.layers]
+    made = encode_experts(plan, layout, method, rows, wish.options)
+    spent = 8 * evidence.spent(widths_LE) / weights
+    counts = ", ".join(f"{sum(row.count(codec) for row in rows)} experts {codec}" for codec in codecs)
+    return replace(
+        made, stated=(*made.stated, f"{card_of(choose).name} gives {counts}: {spent:.3f} bits per weight of {wish.bits} allowed")
+    )
+
+
+def matrix_weights(spec: ExpertSpec) -> int:
+    """Weights of one expert's matrices, without biases."""
+    return (3 if spec.gated else 2) * spec.d_model * spec.d_expert

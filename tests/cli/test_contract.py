@@ -13,7 +13,7 @@ import moestro as package
 from moestro.cli import reference
 
 VERBS = [path for path in reference.verbs() if path != ("plan",)]
-PLANNED = {"inspect", "run", "train", "profile", "plan", "show", "diff", "apply", "eval", "replay", "methods", "doctor"}
+PLANNED = {"inspect", "run", "train", "profile", "plan", "show", "diff", "apply", "eval", "export", "replay", "methods", "doctor"}
 
 
 def test_the_verbs_are_the_planned_ones():

@@ -1,0 +1,130 @@
+"""`moestro plan bits`: weights in few bits, one codec for all experts or bits by what they matter, and the trunk with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moestro.cli.arguments import Json, Model, Quiet, Revision, method_choice, with_revision
+from moestro.cli.output import emit, progress, say, size
+
+if TYPE_CHECKING:
+    from moestro.core.plans.compression import CompressionPlan
+
+EPILOG = """Examples:
+
+\b
+  moestro profile ./model book.txt --probe inputs -o book.profile
+  moestro plan bits ./model --method gptq --codec uint4:64 --profile book.profile --trunk int8:32 --ends int8:32 -o plan.json
+  moestro plan bits ./model --codec int2:128,int3:128,int4:128 --bits 2.5 --budget mc_moe --profile book.profile --trunk int8:32 --ends int8:32 -o plan.json
+  moestro apply plan.json -o ./small
+  moestro run ./small "Hello"
+
+Matrices that would stay as they are stored make the exit code 1, unless --allow-plain is given, and so do experts that no token of the
+profile was routed to, unless --allow-unseen is; the plan is written in any case. Norms and routers always stay as they are."""
+
+
+def bits(
+    model: Model,
+    codec: Annotated[
+        str, typer.Option(metavar="CODEC[,CODEC...]", help="Such as uint4:64; several, the fewest bits first, to choose from.")
+    ] = "uint4:64",
+    method: Annotated[
+        str, typer.Option(metavar="NAME[:OPTION=VALUE,...]", help="How weights are rounded (moestro methods --kind encode).")
+    ] = "rtn",
+    bits: Annotated[
+        float | None, typer.Option(help="Average bits of an expert's weight, scales included.", show_default=False)
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(metavar="NAME[:OPTION=VALUE,...]", help="What chooses between codecs (moestro methods --kind bits).")
+    ] = "mc_moe",
+    trunk: Annotated[str, typer.Option(metavar="CODEC", help="Of attention, shared experts and dense layers.")] = "stored",
+    ends: Annotated[str, typer.Option(metavar="CODEC", help="Of the embedding and the output layer.")] = "stored",
+    profile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A profile made with --probe inputs.", show_default=False)
+    ] = None,
+    after: Annotated[
+        Path | None, typer.Option(metavar="PLAN", help="Start from what this compression plan makes.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the plan here.", show_default=False)
+    ] = None,
+    allow_plain: Annotated[
+        bool, typer.Option("--allow-plain", help="Matrices that stay as they are stored are no failure.")
+    ] = False,
+    allow_unseen: Annotated[bool, typer.Option("--allow-unseen", help="Experts that were never seen are no failure.")] = False,
+    revision: Revision = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> int:
+    """Decide in how many bits weights are kept. Changes nothing yet."""
+    from moestro.compress.bits import BitsWish, plan_bits
+    from moestro.core.errors import PlanError
+    from moestro.core.plan import read_plan
+    from moestro.core.plans.compression import CompressionPlan
+    from moestro.models.checkpoint import Checkpoint
+    from moestro.models.families import describe
+    from moestro.profile.profile import Profile
+
+    name, options = method_choice(method)
+    chooser, chooser_options = method_choice(budget)
+    wish = BitsWish(name, tuple(codec.split(",")), options, bits, chooser, chooser_options, trunk, ends)
+    base = read_plan(after) if after is not None else None
+    if base is not None and not isinstance(base, CompressionPlan):
+        raise PlanError(f"{after} is a {base.kind} plan", expected="a compression plan")
+    checkpoint = Checkpoint.open(with_revision(model, revision))
+    with progress("planning", "layers", quiet or as_json) as report:
+        found = plan_bits(
+            checkpoint,
+            describe(checkpoint),
+            wish,
+            profile=None if profile is None else Profile.open(profile),
+            profile_path=str(profile or ""),
+            base=base,
+            progress=report,
+        )
+    if output is not None:
+        found.plan.save(output)
+        if not quiet:
+            say(f"written to {output}")
+    if as_json:
+        emit(found.plan.to_json())
+    else:
+        print(found.plan.summary())
+    if found.unseen and not allow_unseen:
+        say(f"{len(found.unseen)} experts were never seen; profile more text, or allow it: --allow-unseen")
+    if found.plain and not allow_plain:
+        say(f"{len(found.plain)} matrices stay as they are stored; give --trunk and --ends a codec, or allow it: --allow-plain")
+    return 1 if (found.unseen and not allow_unseen) or (found.plain and not allow_plain) else 0
+
+
+def apply(plan: CompressionPlan, output: Path, model: str | None, profile: Path | None, quiet: bool, as_json: bool) -> None:
+    """Write the coded model that a plan with codecs describes, and say what came out."""
+    from moestro.compress.encoding import Encoder
+    from moestro.compress.executor import compress
+    from moestro.compress.export.coded import CodedJob
+    from moestro.core.errors import PlanError
+    from moestro.models.checkpoint import Checkpoint
+    from moestro.models.families import describe
+    from moestro.profile.profile import Profile
+
+    checkpoint = Checkpoint.open(model or plan.subjects[0].path)
+    layout = describe(checkpoint)
+    file = profile or plan.profile
+    seen = Profile.open(file) if file else None
+    if seen is not None and seen.data != plan.inputs.get("profile"):
+        raise PlanError(f"{file} is of another text than the plan was made from", fix="name that one with --profile")
+    with progress("writing", "layers", quiet or as_json) as report:
+        encoder = Encoder(plan, layout.facts, seen)
+        try:
+            made = compress(plan, checkpoint, layout, output, encoder=encoder, form=CodedJob, progress=report)
+        except KeyboardInterrupt:
+            say("writing was interrupted; the same command continues where it stopped")
+            raise
+    done = {"output": str(output), "experts": plan.experts, "bytes_before": made.bytes_before, "bytes_after": made.bytes_after}
+    if as_json:
+        emit(done | {"dropped": list(made.dropped)})
+    else:
+        print(f"{output}: {plan.experts} experts per layer in tiles, {size(made.bytes_after)} of {size(made.bytes_before)}")

@@ -1,0 +1,64 @@
+"""`moestro export`: a model in the form that another program reads, with the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moestro.cli.arguments import Json, Model
+from moestro.cli.errors import bad_argument
+from moestro.cli.output import emit, size
+
+EPILOG = """Examples:
+
+\b
+  moestro export ./small -o ./for-vllm --to compressed-tensors --allow-plain lm_head.weight
+  moestro export ./small -o small.gguf --to gguf
+
+compressed-tensors takes models coded in int8:G, int4:G or mxfp4 by `moestro plan bits` and `moestro apply`; gguf takes these, uint4:G and
+plain ones of Mixtral, OLMoE and Qwen3-MoE."""
+
+
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="The new folder or file.", show_default=False)],
+    to: Annotated[str, typer.Option(metavar="FORM", help="compressed-tensors or gguf.")],
+    allow_plain: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Ends of the names of weights that may stay plain; may be repeated.", show_default=False
+        ),
+    ] = None,
+    pre: Annotated[
+        str, typer.Option(help="llama.cpp's name of the pre-tokenizer, where it is not recognised.", show_default=False)
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Write a model for vLLM (compressed-tensors) or llama.cpp (gguf). No number changes; what has no place there is an error."""
+    from moestro.models.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(model)
+    if to == "gguf":
+        if allow_plain:
+            bad_argument("--allow-plain is for compressed-tensors", "none: a GGUF file holds plain weights as they are")
+        from moestro.compress.export.gguf import gguf
+
+        nbytes = gguf(checkpoint, output, pre=pre).stat().st_size
+    elif to == "compressed-tensors":
+        if pre:
+            bad_argument("--pre is for gguf", "none")
+        from moestro.compress.export.compressed_tensors import compressed_tensors
+
+        nbytes = compressed_tensors(checkpoint, output, allow_plain=tuple(allow_plain or ())).nbytes
+    else:
+        bad_argument(f"{to!r} is no form that is written", "compressed-tensors or gguf")
+    if as_json:
+        emit({"output": str(output), "form": to, "bytes": nbytes})
+    else:
+        print(f"{output}: {size(nbytes)}, the numbers of {model}")
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog=EPILOG)(export)
