@@ -6,7 +6,7 @@ recording  the embedded model reads text with nothing watching and with every ch
            transformers and through the engine with half of its experts in memory
 statistics every cheap probe on a million tokens of drawn routing, 16 layers of 64 experts, 8 active: memory, and time per token
 trace      the same routing as a file: bytes per routed slot, time to open, and time to replay four policies at ten budgets, as
-           a profile keeps it (sequences read whole) and, on fewer tokens, as a decoder makes it (token by token)
+           a profile keeps it (sequences read whole) and as a decoder makes it (token by token), in one pool of slots and in one per layer
 (This file is not called profile.py: Python's own module of that name would be hidden from programs started in this folder.)
 """
 
@@ -171,7 +171,7 @@ def statistics_cost(tokens: int) -> tuple[list[dict[str, Any]], Trace]:
     return [row], trace
 
 
-def trace_cost(trace: Trace, decoded: int) -> list[dict[str, Any]]:
+def trace_cost(trace: Trace) -> list[dict[str, Any]]:
     """Bytes, opening, and replays in both forms."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -191,23 +191,25 @@ def trace_cost(trace: Trace, decoded: int) -> list[dict[str, Any]]:
         }
         found.append(row)
         print(f"trace         {row['bytes_per_slot']:.2f} bytes per slot, opens in {row['open_s']:.2f} s", flush=True)
-        budgets = [i / 10 for i in range(1, 11)]
-        for form, which in (("sequences read whole", read), ("token by token", by_token(read, decoded))):
-            began = time.perf_counter()
-            sweep(which, None, budgets, POLICIES, null=False)
-            seconds = time.perf_counter() - began
-            row = {"what": "replay", "form": form, "tokens": which.tokens, "policies": len(POLICIES), "budgets": len(budgets)}
-            row |= {"s": seconds, "us_per_token_and_run": 1e6 * seconds / which.tokens / len(POLICIES) / len(budgets)}
-            found.append(row)
-            print(f"replay        {form}: {which.tokens} tokens in {seconds:.1f} s", flush=True)
+        for scope, budgets in (("global", [i / 10 for i in range(1, 11)]), ("layer", [i / 16 for i in range(2, 12)])):
+            for form, which in (("sequences read whole", read), ("token by token", by_token(read))):
+                began, cpu = time.perf_counter(), time.process_time()
+                sweep(which, None, budgets, POLICIES, scope=scope, null=False)
+                seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+                row = {"what": "replay", "form": form, "scope": scope, "tokens": which.tokens, "policies": POLICIES}
+                row |= {"budgets": len(budgets), "s": seconds, "cpu_s": cpu}
+                found.append(row)
+                print(
+                    f"replay        {form}, {scope}: {which.tokens} tokens in {seconds:.1f} s ({cpu:.1f} s of processor)",
+                    flush=True,
+                )
     return found
 
 
-def by_token(trace: Trace, tokens: int) -> Trace:
-    """The first tokens as a decoder would make them: each a pass of its own."""
-    cut = {name: getattr(trace, name)[:tokens] for name in ("tokens_T", "sequences_T", "positions_T")}
-    steps, prefill = np.arange(len(cut["tokens_T"]), dtype=np.int32), np.zeros(len(cut["tokens_T"]), np.uint8)
-    return replace(trace, **cut, steps_T=steps, prefill_T=prefill, experts_LTK=np.asarray(trace.experts_LTK[:, :tokens]))
+def by_token(trace: Trace) -> Trace:
+    """The tokens as a decoder would make them: each a pass of its own."""
+    steps, prefill = np.arange(trace.tokens, dtype=np.int32), np.zeros(trace.tokens, np.uint8)
+    return replace(trace, steps_T=steps, prefill_T=prefill)
 
 
 def machine() -> str:
@@ -232,7 +234,7 @@ def main() -> None:
         found, trace = statistics_cost(100_000 if options.quick else 1_000_000)
         rows += found
         if "trace" in options.parts:
-            rows += trace_cost(trace, 500 if options.quick else 5000)
+            rows += trace_cost(trace)
     if options.output:
         facts = {"machine": machine(), "cores": native.cores(), "level": native.level(), "date": str(date.today())}
         temporary = options.output.with_suffix(".partial")

@@ -192,8 +192,9 @@ def _tokenizer(name: str) -> Any:
 def choose(probe: list[str] | None, methods: list[str] | None, running: Runner, texts: Texts) -> dict[str, Probe]:
     """The probes asked for: with --for what the methods need and the counts, else the cheap ones; and each --probe."""
     from moestro.cli.arguments import method_choice
+    from moestro.core.layer import AttentionAccess
     from moestro.core.method import card_of, load
-    from moestro.profile.probe import make, needed_by, standard
+    from moestro.profile.probe import make, needed_by, requires, standard
     from moestro.profile.run import available
 
     names = ["counts", *needed_by(methods)] if methods else standard(available(running, texts))
@@ -201,7 +202,10 @@ def choose(probe: list[str] | None, methods: list[str] | None, running: Runner, 
     for text in [*names, *(probe or ())]:
         short, options = method_choice(text)
         choices.setdefault(card_of(load(short, "probe")).name, {}).update(options)
-    return make(choices)
+    made = make(choices)
+    if "attention" in requires(made) and isinstance(running, AttentionAccess):
+        running.show_attention()
+    return made
 
 
 def facts_of(made: Profile) -> dict[str, Any]:

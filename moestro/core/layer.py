@@ -102,8 +102,8 @@ class MoELayer(Protocol):
 class LayerRecord:
     """What one MoE layer did in one forward pass, for probes: the routing at the seam, and input/output if asked for.
 
-    y_TD: the routed experts' weighted sum. residual_TD: the residual stream that x_TD was normalised from; None where the runner
-    does not know it.
+    y_TD: the routed experts' weighted sum. residual_TD: the residual stream that x_TD was normalised from. sink_TH: what each token's
+    query gives the sequence's first token in the attention of this decoder layer, by head. None where the runner does not know it.
     """
 
     ordinal: int
@@ -111,6 +111,7 @@ class LayerRecord:
     x_TD: Array | None = None
     y_TD: Array | None = None
     residual_TD: Array | None = None
+    sink_TH: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,4 +140,13 @@ class ExpertAccess(Protocol):
 
     def weights(self, key: ExpertKey) -> ExpertWeights:
         """One expert as the runner computes with it: float arrays, output rows first. They are only to be read."""
+        ...
+
+
+@runtime_checkable
+class AttentionAccess(Protocol):
+    """A runner that can say what its attention gives to the first token."""
+
+    def show_attention(self) -> None:
+        """From now on records with inputs hold `sink_TH`, at the price of a plainer and slower attention."""
         ...

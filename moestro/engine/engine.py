@@ -82,6 +82,7 @@ class Engine:
         self.recorder = Recorder(self.facts, {"method": plan.method, "dtype": plan.dtype}) if trace else None
         self._step, self._prefilling, self._watched, self._inputs = 0, False, False, False
         self._records: list[tuple[np.ndarray, ...]] = []
+        self._routers: list[tuple[np.ndarray, ...]] = []
         self._sequences = 0
         self._tokenizer: Any = None
         self.reader = Reader(READERS)
@@ -283,6 +284,10 @@ class Engine:
             self.recorder.layer(ordinal, experts_1K, weights_1K)
         return views
 
+    def _told(self, logits_TE: np.ndarray, residual_TD: np.ndarray) -> None:
+        """What the native trunk knows beside the seam; the seam of the same layer is asked next."""
+        self._routers.append((logits_TE.copy(), residual_TD.copy()) if self._inputs else (logits_TE.copy(),))
+
     def _glimpse(self, ordinal: int, x_TD: np.ndarray) -> Glimpse | None:
         if self.dispatch.prefetcher is None or ordinal + 1 == len(self.facts.layers):
             return None
@@ -396,18 +401,23 @@ class Engine:
             array = np.asarray(tokens, np.int64)[None]
             state = self.trunk.start(1, len(tokens))
             self._sequences += 1
-            self._watched, self._inputs, self._records = True, inputs, []
+            self._watched, self._inputs, self._records, self._routers = True, inputs, [], []
+            if isinstance(self.trunk, NativeTrunk):
+                self.trunk.watch = self._told
             try:
                 pieces = self.pieces(len(tokens), 1)
                 logits = [self._pass(array[:, piece], state, None, prefill=True, every=True)[0] for piece in pieces]
                 records = self._records
             finally:
                 self._watched, self._records = False, []
-            layers = len(self.facts.layers)
+                if isinstance(self.trunk, NativeTrunk):
+                    self.trunk.watch = None
+            layers, routers = len(self.facts.layers), self._routers
             found = []
             for ordinal in range(layers):
                 experts, weights, *xy = (np.concatenate(part) for part in zip(*records[ordinal::layers], strict=True))
-                found.append(LayerRecord(ordinal, Routing(experts, weights), *xy))
+                told = [np.concatenate(part) for part in zip(*routers[ordinal::layers], strict=True)]
+                found.append(LayerRecord(ordinal, Routing(experts, weights, *told[:1]), *xy, *told[1:]))
             yield RunnerOutput(np.concatenate(logits), tuple(found))
 
     def weights(self, key: ExpertKey) -> ExpertWeights:

@@ -34,6 +34,7 @@ from moestro.models.native.weights import Weights, embed, matrices
 
 # fn(ordinal, x_1D, experts_1K, weights_1K) -> the chosen experts' views in this order, counted as the seam counts, if all are in memory
 Resident = Callable[[int, np.ndarray, np.ndarray, np.ndarray], list[ExpertView] | None]
+Watch = Callable[[np.ndarray, np.ndarray], None]  # watch(logits_NE, residual_ND): buffers that are used again
 TRUNKS = ("auto", "native", "transformers")
 
 
@@ -59,7 +60,7 @@ class NativeTrunk:
     seam: computes the routed experts. resident: gives them for one row, which then takes two native calls per layer; where it gives
     none, the seam is asked. dtype: of cached keys and values, 'auto' for the checkpoint's own; arithmetic is float32
     and weights stay as stored, or matrices are in few bits: `codec` names how, and `packed` holds them so already.
-    threads: of the arithmetic, 0 for all cores.
+    threads: of the arithmetic, 0 for all cores. watch: told of each MoE layer before its seam is asked; None when nobody asks.
 
     Raises:
         UnsupportedModel: a decoder it does not compute, or a dtype that would round the weights.
@@ -86,6 +87,7 @@ class NativeTrunk:
             )
         self.dtype = own if dtype == "auto" else dtype
         assert self.dtype in DTYPES
+        self.watch: Watch | None = None
         self.decoder: Decoder = describe(checkpoint, layout)
         weights = Weights(checkpoint, matrices(self.decoder), parse_trunk_codec(codec), packed)
         self._embedding, self._head = weights.outer(self.decoder)
@@ -183,22 +185,26 @@ class NativeTrunk:
         rms_norm(x_ND, self._layers[0].input_norm, decoder.eps, out_TD=normed_ND)
         for index, (layer, norm) in enumerate(zip(self._layers, self._following, strict=True)):
             fast = self._steps[index]
-            if fast is not None and rows == len(step.sequences) == 1:
+            if fast is not None and self.watch is None and rows == len(step.sequences) == 1:
                 self._one_row(fast, index, x_ND, normed_ND, step, y_ND)
                 continue
             layer.attention(normed_ND, step, index, y_ND)
             add_rms_norm(x_ND, y_ND, layer.post_norm, decoder.eps, scale=decoder.residual_scale, out_TD=normed_ND)
-            added_ND = self._feed_forward(layer, normed_ND, step, y_ND)
+            added_ND = self._feed_forward(layer, normed_ND, x_ND, step, y_ND)
             add_rms_norm(x_ND, added_ND, norm, decoder.eps, scale=decoder.residual_scale, out_TD=normed_ND)
         return normed_ND
 
-    def _feed_forward(self, layer: NativeLayer, x_ND: np.ndarray, step: Step, out_ND: np.ndarray) -> np.ndarray:
+    def _feed_forward(
+        self, layer: NativeLayer, x_ND: np.ndarray, residual_ND: np.ndarray, step: Step, out_ND: np.ndarray
+    ) -> np.ndarray:
         """The dense MLP, or routed experts and what every token passes. The seam's own result is left as it is."""
         router = layer.router
         if router is None:
             self._dense(layer, x_ND, step, out_ND)
             return out_ND
         logits_NE = router.logits(x_ND, step.scratch.take("logits", len(x_ND), router.weight.rows), step.threads)
+        if self.watch is not None:
+            self.watch(logits_NE, residual_ND)
         return self._routed(layer, x_ND, *route(logits_NE, router.facts, router.choice), step, out_ND)
 
     def _routed(

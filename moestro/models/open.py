@@ -125,12 +125,31 @@ class Stream:
             hook.remove()
 
 
+class Sinks:
+    """Takes from a decoder layer's attention what it gives the first token, where it tells its weights. Stop it after the pass."""
+
+    def __init__(self, seam: Seam) -> None:
+        self.sink_TH: torch.Tensor | None = None
+        found = [m for m in seam.decoder.modules() if "attention" in type(m).__name__.lower()]
+        self._hooks = [m.register_forward_hook(self._see) for m in found]
+
+    def _see(self, module: Any, args: Any, out: Any) -> None:
+        weights = out[1] if isinstance(out, tuple) and len(out) > 1 else None
+        if getattr(weights, "ndim", 0) == 4:  # [B, H, queries, keys]
+            self.sink_TH = weights[0, :, :, 0].T
+
+    def stop(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
 class Model:
     """A live transformers `module` with its MoE `layers`; a core Runner with ExpertAccess."""
 
     def __init__(self, checkpoint: Checkpoint, layout: Layout, module: Any, found: tuple[Seam, ...]) -> None:
         self.checkpoint, self.layout, self.module = checkpoint, layout, module
         self.layers = tuple(LiveLayer(seam) for seam in found)
+        self._attends = False
 
     @property
     def facts(self) -> ModelFacts:
@@ -139,6 +158,11 @@ class Model:
     def weights(self, key: ExpertKey) -> ExpertWeights:
         """One expert as it is used now, also after `replace`."""
         return self.layers[key.layer].experts.weights(key.expert)
+
+    def show_attention(self) -> None:
+        """From now on attention is computed with its weights at hand, plainly and slower, and records with inputs hold `sink_TH`."""
+        self.module.set_attn_implementation("eager")
+        self._attends = True
 
     def run(self, tokens_BT: list[list[int]], *, inputs: bool = False) -> Iterator[RunnerOutput]:
         """Logits and records of each sequence, one forward pass each, without gradients. Raises InputError on bad token ids."""
@@ -158,12 +182,14 @@ class Model:
         ids_T = torch.tensor(tokens, dtype=torch.int64)
         records: dict[int, LayerRecord] = {}
         streams = {layer.facts.ordinal: Stream(layer._seam) for layer in self.layers} if inputs else {}
+        sinks = {layer.facts.ordinal: Sinks(layer._seam) for layer in self.layers} if inputs and self._attends else {}
 
         def record(ordinal: int, x_TD: Any, routing: Routing, y_TD: Any) -> None:
             given = (x_TD, y_TD, streams[ordinal].before(x_TD)) if inputs else ()
-            records[ordinal] = LayerRecord(ordinal, routing, *given)
+            sink_TH = sinks[ordinal].sink_TH if sinks else None
+            records[ordinal] = LayerRecord(ordinal, routing, *given, sink_TH=sink_TH)
 
-        stops = [layer.watch(record) for layer in self.layers] + [stream.stop for stream in streams.values()]
+        stops = [layer.watch(record) for layer in self.layers] + [hooks.stop for hooks in (*streams.values(), *sinks.values())]
         before = [layer.context for layer in self.layers]
         for layer in self.layers:
             layer.context = replace(

@@ -1,7 +1,7 @@
 """What a probe is, and which probes a run gets: by name, or from what methods say they need.
 
 A probe is a class with a card of kind 'probe'. The card's `needs` name what the runner must give beyond ids and weights:
-'logits' (of the router), 'inputs' (each layer's input and output), 'residual', 'experts' (their weights).
+'logits' (of the router), 'inputs' (each layer's input and output), 'residual', 'attention' (what goes to the first token), 'experts' (their weights).
 """
 
 from __future__ import annotations

@@ -275,6 +275,8 @@ def given(runner: Runner, output: Any) -> frozenset[str]:
     ):
         if all(has(record) for record in records):
             found.add(name)
+    if any(record.sink_TH is not None for record in records):
+        found.add("attention")
     return frozenset(found)
 
 

@@ -36,16 +36,18 @@ class Work(NamedTuple):
 class SeenLayer:
     """One MoE layer's record, the counted tokens only; derived arrays are made once and shared by the probes.
 
-    ordinal, facts: of the layer. width: E of the model's widest layer, which statistics are padded to.
+    ordinal, facts: of the layer. rows_T: places of the counted tokens in their sequence. width: E of the model's widest layer, which
+    statistics are padded to. sink_TH: see `LayerRecord`; None for a layer without such attention.
     """
 
     def __init__(
         self, facts: LayerFacts, record: LayerRecord, rows_T: np.ndarray, width: int, fetch: Fetch | None = None
     ) -> None:
         routing = record.routing
-        self.facts, self.ordinal, self.width, self._fetch = facts, record.ordinal, width, fetch
+        self.facts, self.ordinal, self.width, self._fetch, self.rows_T = facts, record.ordinal, width, fetch, rows_T
         self.experts_TK = as_numpy(routing.experts_TK)[rows_T].astype(np.int64, copy=False)
         self.weights_TK = as_numpy(routing.weights_TK)[rows_T].astype(np.float64)
+        self.sink_TH = None if record.sink_TH is None else as_numpy(record.sink_TH)[rows_T]
         self._logits, self._x, self._y, self._residual = (
             None if a is None else as_numpy(a)[rows_T] for a in (routing.logits_TE, record.x_TD, record.y_TD, record.residual_TD)
         )
@@ -97,7 +99,7 @@ class SeenLayer:
     def forget(self) -> None:
         """Let go of what takes much memory; ids and what is derived from them stay for the layers after."""
         self.__dict__.pop("_work", None)
-        self._x = self._y = self._residual = None
+        self._x = self._y = self._residual = self.sink_TH = None
 
     def weights(self, expert: int) -> ExpertWeights:
         """One expert's weights, float32. Only for probes whose card needs 'experts'."""

@@ -35,7 +35,7 @@ CURVES = {
 
 @pytest.fixture(scope="module")
 def profiled(case):
-    return case.profile(*CHEAP, "norms", "similarity", "maxima")
+    return case.profile(*CHEAP, "norms", "similarity", "maxima", trace_weights=True)
 
 
 def words(token: int) -> str:
@@ -174,6 +174,18 @@ def test_super_experts_are_warned_of():
     ]
 
 
+def test_extreme_layers_without_a_super_expert_are_warned_of():
+    """Five copies with the same extreme output hide one another from the measure's percentile."""
+    most = np.ones((4, 80))
+    most[1, :5] = 200
+    arrays = {"counts_LE": np.full((4, 80), 100), "output_most_LE": most}
+    told = contents(make.profile(arrays, layers=(make.layer(80),) * 4, tokens_G=(8000,)))
+    (line,) = [line for line in told["warnings"] if "super" in line]
+    assert line.startswith("layer 1 has outputs of up to 200, 200 times the median")
+    even = contents(make.profile(arrays | {"output_most_LE": np.ones((4, 80))}, layers=(make.layer(80),) * 4, tokens_G=(8000,)))
+    assert not any("outputs of up to" in line for line in even["warnings"])
+
+
 def test_the_page_holds_nothing_but_itself(told, shown):
     text = shown.read_text("utf-8")
     assert (
@@ -244,7 +256,12 @@ def test_in_a_browser(profiled, told, shown):
         await go("flow/0"); out.flow = all("#view-flow [data-from]").map((p) => [p.dataset.from, p.dataset.to, p.dataset.value].map(Number));
         await set(document.querySelector("#view-flow input[type=range]"), 0.5); out.strong = all("#view-flow [data-from]").length;
         await go("text/0/1"); out.text = all("#view-text [data-token]").map((s) => Number(s.dataset.heaviest));
+        const third = all("#view-text [data-token]")[2]; third.focus();
+        out.weights = all("#view-text .readout [data-weight]").map((s) => Number(s.dataset.weight));
+        out.weighed = document.querySelector("#view-text .readout").textContent;
         await go("text/0/1/5"); out.chosen = all("#view-text [data-chosen='1']").map((s) => Number(s.dataset.token));
+        await go("measures"); out.measured = all("#view-measures [data-measure]").map((d) => [d.dataset.measure, d.querySelectorAll("tbody tr").length]);
+        out.objects = all("main > section").map((s) => s.textContent.match(/.{0,40}\\[object.{0,20}/)?.[0]).filter(Boolean);
         await go("cache"); out.hits = all("#view-cache [data-hit]").map((s) => Number(s.dataset.hit));
         out.curve = all("#view-cache [data-line]").map((s) => [s.dataset.line, Number(s.dataset.x), Number(s.dataset.y)]);
         await go("notes"); out.missing = document.getElementById("missing").textContent;
@@ -293,6 +310,11 @@ def test_in_a_browser(profiled, told, shown):
     assert out["strong"] == (first_EE >= np.maximum(1, 0.5 * first_EE.sum(1, keepdims=True))).sum()
     end = sampled.starts_X[1]
     assert out["text"] == at_N[:end, 0].tolist() and out["chosen"] == np.flatnonzero((at_N[:end] == 5).any(1)).tolist()
+    weights_K = np.asarray(profiled.trace.weights_LTK)[1, sampled.rows_N[2]].astype(float)
+    assert (
+        out["weights"] == np.rint(1000 * weights_K[at_N[2] >= 0]).tolist() and f"({round(weights_K[0], 3):g})" in out["weighed"]
+    )
+    assert out["measured"] == [[m["name"], len(m["rows"])] for m in told["measures"]] and out["objects"] == []
     assert sorted(out["hits"]) == [0.25, 0.375, 0.625, 0.75] and ["lru", 0.5, 0.625] in out["curve"]
     assert "contribution" in out["missing"] and "--probe neurons" in out["missing"]
     assert out["light"] == out["again"] != out["dark"] and out["clamped"] == "Expert 5 of layer 1"

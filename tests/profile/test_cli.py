@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -41,7 +45,7 @@ def test_the_engine_profiles_the_same(case, texts, tmp_path, moestro):  # noqa: 
     for name in ("engine", "transformers"):
         assert moestro("profile", case.planted.path, *texts, "-o", tmp_path / name, "--runner", name, *common).code == 0
     one, other = (Profile.open(tmp_path / name) for name in ("engine", "transformers"))
-    assert "entropy_L" not in one.arrays and "entropy_L" in other.arrays
+    assert np.allclose(one.arrays["entropy_L"], other.arrays["entropy_L"], rtol=1e-4)
     assert np.array_equal(one.arrays["counts_LE"], other.arrays["counts_LE"])
     assert np.allclose(one.arrays["norm_LE"], other.arrays["norm_LE"], rtol=1e-4)
 
@@ -80,6 +84,43 @@ def test_a_stopped_profile_is_resumed(case, texts, tmp_path, moestro, monkeypatc
     assert all(np.array_equal(a, whole.arrays[n]) for n, a in Profile.open(out).arrays.items())
 
 
+KILLED = """
+import sys
+import time
+
+import moestro.profile.run as run
+from moestro.cli.main import main
+
+run.SECONDS = 0  # save after each sequence
+seen, run.Recording._seen = run.Recording._seen, lambda *args: (time.sleep(0.05), seen(*args))[1]
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_profile_goes_on_from_what_was_saved(case, texts, tmp_path, moestro):  # noqa: F811
+    out = tmp_path / "x.profile"
+    args = ["profile", case.planted.path, *texts, "--length", 10, "--allow-unseen", "-q", "--runner", "engine"]
+    assert moestro(*args, "-o", tmp_path / "whole.profile").code == 0
+    running = subprocess.Popen([sys.executable, "-c", KILLED, *map(str, args), "-o", str(out)])
+    partial = tmp_path / "x.profile.partial"
+    while not partial.exists():
+        assert running.poll() is None, "it ended before it had saved anything"
+        time.sleep(0.01)
+    running.kill()
+    assert running.wait() == -signal.SIGKILL and not out.exists()
+    assert moestro(*args, "-o", out, "--resume").code == 0 and not partial.exists()
+    whole = Profile.open(tmp_path / "whole.profile")
+    assert all(np.array_equal(array, whole.arrays[name]) for name, array in Profile.open(out).arrays.items())
+
+
+def test_sinks_are_asked_of_transformers(case, texts, tmp_path, moestro):  # noqa: F811
+    out = tmp_path / "x.profile"
+    args = ["profile", case.planted.path, *texts, "-o", out, "--length", 20, "--allow-unseen", "-q", "--probe", "sinks"]
+    assert moestro(*args, "--runner", "transformers").code == 0
+    rows = moestro("show", out, "--measure", "sinks", "--json").json["profile.measures.sinks"]["rows"]
+    assert all(0 < strength < 1 and 0 < even < 1 for _, strength, even, _ in rows)
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -87,7 +128,7 @@ def test_a_stopped_profile_is_resumed(case, texts, tmp_path, moestro, monkeypatc
         (["--probe", "nothing"], "not a method of kind 'probe'"),
         (["--for", "engine.evict.lru"], "reads no statistics"),
         (["--runner", "gpu"], "--runner is 'gpu'"),
-        (["--runner", "engine", "--probe", "entropy"], "needs logits"),
+        (["--runner", "engine", "--probe", "sinks"], "sinks needs attention"),
         (["--part", "answer"], "no answer"),
         (["--runner", "transformers", "--memory", "1GiB"], "one of them"),
     ],

@@ -19,6 +19,7 @@ from moestro.profile.measure import apply
 from moestro.profile.profile import Profile
 
 TOP = 12  # token ids of each expert
+EXTREME = 10  # times the median output, as the guard of the measure super_experts
 OFTEN = 8  # occurrences that an id needs to be listed by its share
 # Measures that need no choice of label, the cheap ones; the rest is one `moestro show --measure` away.
 MEASURES: tuple[tuple[str, Mapping[str, Any]], ...] = (
@@ -109,6 +110,9 @@ def contents(
         read = sample(profile.trace)
         arrays["sample_tokens_N"] = np.asarray(profile.trace.tokens_T)[read.rows_N]
         arrays["sample_experts_LNK"] = np.asarray(profile.trace.experts_LTK)[:, read.rows_N].astype(np.int64) + 1  # 0: empty slot
+        if profile.trace.weights_LTK is not None:
+            weights_LNK = np.asarray(profile.trace.weights_LTK)[:, read.rows_N].astype(np.float64)
+            arrays["sample_weights_LNK"] = np.rint(1000 * weights_LNK).astype(np.int64)
         positions = np.asarray(profile.trace.positions_T)[read.rows_N]
         out["stretches"] = [
             {"start": at, "label": label, "sequence": sequence, "position": int(positions[at])}
@@ -184,6 +188,16 @@ def warnings(profile: Profile, out: Mapping[str, Any]) -> list[str]:
             f"layer {layer}, expert {expert} is a super expert: its largest output, {largest:.4g}, is {to_median:.3g} times the median."
             " Removing or crushing it may ruin the model."
         )
+    if "output_most_LE" in profile.arrays and not by_name.get("super_experts", {}).get("rows"):
+        most_LE = profile.arrays["output_most_LE"]
+        seen = most_LE[most_LE > 0]
+        times = float(seen.max() / np.median(seen)) if seen.size else 0.0
+        if times >= EXTREME:
+            layer = int(most_LE.max(1).argmax())
+            said.append(
+                f"layer {layer} has outputs of up to {most_LE.max():.4g}, {times:.3g} times the median expert's; the measure super_experts"
+                " names none, as several are alike or the layer is among the last, which it leaves out"
+            )
     for row in by_name.get("balance", {}).get("rows", ()):
         if row[1] is not None and row[1] > 3:
             said.append(f"layer {row[0]}: the fullest expert has {row[1] + 1:.1f} times the mean load")

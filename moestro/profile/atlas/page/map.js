@@ -80,7 +80,7 @@ function toldOf(chosen, layer, expert) {
   }
   if (array("ids.often.ids")) {
     const ids = range(Math.min(6, array("ids.often.ids").shape[2])).map((n) => array("ids.often.ids").at(layer, expert, n)).filter((id) => id >= 0);
-    if (ids.length) lines.push(el("br"), "token ids: ", ids.flatMap((id) => [token(id), " "]));
+    if (ids.length) lines.push(el("br"), "token ids: ", ...ids.flatMap((id) => [token(id), " "]));
   }
   return lines;
 }

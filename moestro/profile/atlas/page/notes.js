@@ -5,7 +5,7 @@ function measureOf(found) {
 }
 
 function drawMeasures(section) {
-  section.append(el("h2", {}, "Measures"), el("p", { class: "soft" }, "Each beside what it would be at chance. moestro methods --kind measure lists all of them."), data.measures.map((found) => el("div", {}, measureOf(found))));
+  section.append(el("h2", {}, "Measures"), el("p", { class: "soft" }, "Each beside what it would be at chance. moestro methods --kind measure lists all of them."), ...data.measures.map((found) => el("div", {}, measureOf(found))));
 }
 
 function drawNotes(section) {

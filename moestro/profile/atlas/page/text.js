@@ -3,7 +3,7 @@ const textState = { stretch: 0, layer: 0, expert: -1, numbers: false };
 
 function drawText(section, [stretchText, layerText, expertText]) {
   section.append(el("h2", {}, "Text coloured by expert"));
-  const ids = array("sample_tokens_N"), experts = array("sample_experts_LNK");
+  const ids = array("sample_tokens_N"), experts = array("sample_experts_LNK"), weights = array("sample_weights_LNK");
   if (!ids) return section.append(el("p", {}, "The profile has no trace beside it, so there is no text."));
   textState.stretch = within(stretchText, data.stretches.length, textState.stretch);
   textState.layer = within(layerText, layers, textState.layer);
@@ -19,6 +19,8 @@ function drawText(section, [stretchText, layerText, expertText]) {
   const times = new Map();
   for (let n = start; n < end; n += 1) times.set(experts.at(layer, n, 0) - 1, (times.get(experts.at(layer, n, 0) - 1) || 0) + 1);
   const ranked = [...times.keys()].filter((e) => e >= 0).sort((a, b) => times.get(b) - times.get(a) || a - b), hue = new Map(ranked.slice(0, HUES.length).map((e, i) => [e, HUES[i]]));
+  // With weights in the trace (--trace-weights) each expert's is told; they are in thousandths.
+  const weightOf = (n, k) => (weights ? el("span", { class: "soft", "data-weight": weights.at(layer, n, k) }, ` (${trim(weights.at(layer, n, k) / 1000)})`) : null);
   const slots = (n) => range(experts.shape[2]).map((k) => experts.at(layer, n, k) - 1).filter((e) => e >= 0);
   const rgb = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
   const look = (n) => {
@@ -33,7 +35,7 @@ function drawText(section, [stretchText, layerText, expertText]) {
   }));
   const tell = (span) => {
     const n = Number(span.dataset.token);
-    readout.replaceChildren(token(ids.values[n]), ` id ${ids.values[n]}, token ${n - start + data.stretches[stretch].position} of sequence ${data.stretches[stretch].sequence}; layer ${layer}, heaviest first: `, ...slots(n).flatMap((e, i) => [i ? ", " : "", expertLink(layer, e)]));
+    readout.replaceChildren(token(ids.values[n]), ` id ${ids.values[n]}, token ${n - start + data.stretches[stretch].position} of sequence ${data.stretches[stretch].sequence}; layer ${layer}, heaviest first: `, ...slots(n).flatMap((e, i) => [i ? ", " : "", expertLink(layer, e), weightOf(n, i) ?? ""]));
   };
   reading.addEventListener("pointerover", (e) => { const span = e.target.closest("[data-token]"); if (span) tell(span); });
   reading.addEventListener("focusin", (e) => e.target.dataset.token && tell(e.target));
