@@ -11,6 +11,7 @@ from moestro.core.errors import InputError, ProfileError, TraceError
 from moestro.core.method import card_of, catalogue
 from moestro.core.trace import Trace
 from moestro.engine.engine import Engine
+from moestro.engine.native import NativeTrunk
 from moestro.profile.coverage import coverage
 from moestro.profile.data import cut
 from moestro.profile.probe import make, needed_by, requires, standard
@@ -65,7 +66,7 @@ def test_the_engine_knows_routers_and_stream_also_of_a_single_row(case):
             assert np.allclose(record.routing.logits_TE, other.routing.logits_TE, rtol=1e-4, atol=1e-4)
             assert np.allclose(record.residual_TD, other.residual_TD, rtol=1e-4, atol=1e-4)
             assert np.array_equal(plain.routing.logits_TE, record.routing.logits_TE) and plain.residual_TD is None
-        assert engine.trunk.watch is None
+        assert isinstance(engine.trunk, NativeTrunk) and engine.trunk.watch is None
 
 
 def test_a_probe_that_the_runner_cannot_feed_is_refused(case):
