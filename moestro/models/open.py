@@ -135,7 +135,7 @@ class Sinks:
 
     def _see(self, module: Any, args: Any, out: Any) -> None:
         weights = out[1] if isinstance(out, tuple) and len(out) > 1 else None
-        if isinstance(weights, torch.Tensor) and weights.ndim == 4:  # [B, H, queries, keys]
+        if weights is not None and getattr(weights, "ndim", 0) == 4:  # [B, H, queries, keys]
             self.sink_TH = weights[0, :, :, 0].T
 
     def stop(self) -> None:

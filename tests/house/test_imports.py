@@ -31,7 +31,19 @@ LAYER = {
     "cli": 5,
     "testing": 3,
 }
-LAB = ("torch", "transformers", "scipy", "psutil", "matplotlib", "accelerate", "scikit-learn", "sklearn", "networkx", "threadpoolctl", "llama_cpp")
+LAB = (
+    "torch",
+    "transformers",
+    "scipy",
+    "psutil",
+    "matplotlib",
+    "accelerate",
+    "scikit-learn",
+    "sklearn",
+    "networkx",
+    "threadpoolctl",
+    "llama_cpp",
+)
 
 
 def allowed(user: str, used: str) -> bool:
