@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "olmoe": {"norm_topk_prob": False},
+    "olmoe": {"norm_topk_prob": False, "num_key_value_heads": 4},
     "mixtral": {},
     "qwen3_moe": {"norm_topk_prob": True, "mlp_only_layers": [], "head_dim": 32},
 }

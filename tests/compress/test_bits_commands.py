@@ -22,7 +22,7 @@ def work(tmp_path_factory) -> Path:
     from moestro.cli.main import main
 
     folder = tmp_path_factory.mktemp("work")
-    save_tiny("olmoe", folder / "model", hidden_size=64, intermediate_size=64, norm_topk_prob=False)
+    save_tiny("olmoe", folder / "model", hidden_size=64, intermediate_size=64, norm_topk_prob=False, num_key_value_heads=4)
     (folder / "book.txt").write_text(TEXT)
     code = main(["profile", str(folder / "model"), str(folder / "book.txt"), "-o", str(folder / "p"), "--length", "48", "-q",
                  "--probe", "inputs"])  # fmt: skip

@@ -23,7 +23,11 @@ from moestro.models.families import describe
 from moestro.testing.tiny import save_tiny
 
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
-MORE = {"olmoe": {"norm_topk_prob": False}, "qwen3_moe": {"norm_topk_prob": True, "mlp_only_layers": []}, "mixtral": {}}
+MORE = {
+    "olmoe": {"norm_topk_prob": False, "num_key_value_heads": 4},
+    "qwen3_moe": {"norm_topk_prob": True, "mlp_only_layers": []},
+    "mixtral": {},
+}
 
 
 @pytest.fixture(scope="module")

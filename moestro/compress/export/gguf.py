@@ -104,7 +104,9 @@ def architecture(config: dict[str, Any]) -> str:
         raise UnsupportedModel(f"GGUF files of {family} are not written", expected=", ".join(ARCHITECTURES))
     rope = config.get("rope_parameters") or {}
     wrong = {
-        "olmoe": config.get("norm_topk_prob") or config.get("clip_qkv") is not None,
+        "olmoe": config.get("norm_topk_prob")
+        or config.get("clip_qkv") is not None
+        or config["num_key_value_heads"] != config["num_attention_heads"],
         "qwen3_moe": not config.get("norm_topk_prob")
         or config.get("mlp_only_layers")
         or config.get("decoder_sparse_step", 1) != 1,
@@ -113,7 +115,7 @@ def architecture(config: dict[str, Any]) -> str:
     if wrong or rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
         raise UnsupportedModel(
             f"this {family} has settings that llama.cpp does not compute",
-            expected="the usual normalisation of routing weights, no clipping, no sliding window, plain rope, experts in every layer",
+            expected="the usual normalisation of routing weights, no clipping, no sliding window, plain rope, experts in every layer, in OLMoE as many heads of keys as of queries",
         )
     return ARCHITECTURES[family]
 
