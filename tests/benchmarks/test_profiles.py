@@ -15,16 +15,18 @@ def test_statistics_and_trace():
     (row,), trace = bench.statistics_cost(1024)
     assert row["tokens"] == 1024 and 0 < row["mb"] < 200 and row["us_per_token"] > 0 and row["probes"] >= 9
     assert trace.tokens == 1024 and trace.counts().sum() == 1024 * 16 * 8
-    found = {r.get("form", r["what"]): r for r in bench.trace_cost(trace, 16)}
-    assert found["trace"]["bytes_per_slot"] < 3 and found["trace"]["open_s"] < 1
-    assert found["token by token"]["tokens"] == 16 and found["sequences read whole"]["tokens"] == 1024
+    first, *replays = bench.trace_cost(trace)
+    assert first["bytes_per_slot"] < 3 and first["open_s"] < 1
+    assert [(r["scope"], r["form"], r["tokens"], r["budgets"]) for r in replays] == [
+        (scope, form, 1024, 10) for scope in ("global", "layer") for form in ("sequences read whole", "token by token")
+    ]
 
 
 def test_a_decoders_form_has_a_pass_per_token():
     _, trace = bench.statistics_cost(512)
-    made = bench.by_token(trace, 10)
-    assert [s.rows.stop - s.rows.start for s in made.steps()] == [1] * 10
-    assert np.array_equal(made.experts_LTK, trace.experts_LTK[:, :10]) and not any(s.prefill for s in made.steps())
+    made = bench.by_token(trace)
+    assert [s.rows.stop - s.rows.start for s in made.steps()] == [1] * 512
+    assert np.array_equal(made.experts_LTK, trace.experts_LTK) and not any(s.prefill for s in made.steps())
 
 
 def test_no_benchmark_hides_a_module_of_python():

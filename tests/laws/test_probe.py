@@ -30,7 +30,9 @@ def running(tmp_path_factory):
     save_tiny("olmoe", folder)
     rng = np.random.default_rng(0)
     documents = [Document("ab"[i % 2], "drawn", tokens=rng.integers(4, 100, 30).tolist()) for i in range(5)]
-    return open_model(folder), cut(documents, None, length=16, stride=12)
+    model = open_model(folder)
+    model.show_attention()
+    return model, cut(documents, None, length=16, stride=12)
 
 
 def recorded(running, name, *runs) -> Recording:
@@ -103,9 +105,9 @@ def test_names_of_statistics_are_unique():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_needs_are_of_the_four_kinds(name):
+def test_needs_are_of_the_known_kinds(name):
     probe = make({name: {}})[name]
-    assert set(card_of(probe).needs) <= {"logits", "inputs", "residual", "experts"}
+    assert set(card_of(probe).needs) <= {"logits", "inputs", "residual", "experts", "attention"}
 
 
 def test_recordings_of_other_runs_do_not_mix(running, tmp_path: Path):
