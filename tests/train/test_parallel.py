@@ -68,7 +68,9 @@ def shared(tokens, tmp_path_factory):
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, timeout=300
     )
-    assert result.exists(), done.stderr[-3000:]  # gloo may abort while its processes part, after all is written
+    # A thread of gloo's was seen to abort while the interpreter ended, after all was written; any other failure counts.
+    parted = result.exists() and "terminate called without an active exception" in done.stderr
+    assert done.returncode == 0 or parted, done.stderr[-3000:]
     return json.loads(result.read_text())
 
 

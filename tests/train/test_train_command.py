@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from moestro.cli.main import main
+from moestro.models.open import open_model
 from moestro.models.tokenizer import Tokenizer
 from moestro.models.trained import load_trained
 from moestro.train.config import recipes
@@ -70,6 +71,9 @@ def test_a_run_from_data_to_model(train, text, tmp_path, capsys):
         with torch.no_grad():
             ids.append(int(module(torch.tensor([ids])).logits_BTV[0, -1].argmax()))
     assert ran["answers"][0]["tokens"] == ids[7:]
+    with torch.no_grad():
+        theirs = open_model(result["exported"]["mixtral"]).module(input_ids=torch.tensor([ids])).logits
+        torch.testing.assert_close(theirs, module(torch.tensor([ids])).logits_BTV, rtol=1e-4, atol=1e-4)
 
 
 def test_the_help_and_the_how_to_name_every_recipe(capsys):
