@@ -6,6 +6,7 @@ import importlib
 import json
 import pkgutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,23 @@ def collect() -> list[Card]:
     return [cards[name] for name in sorted(cards)]
 
 
-def page(row: dict[str, Any]) -> str:
-    """A method's documentation page in Markdown."""
+def measured(results: Path) -> dict[str, list[str]]:
+    """Lines for the pages of methods, from the newest file of each question that says `methods`: {page, head, tables: {method: rows}}."""
+    newest: dict[str, dict[str, Any]] = {}
+    for file in sorted(results.glob("*.json"), key=lambda f: f.stem.rpartition("_")[2]):
+        report = json.loads(file.read_text("utf-8"))
+        newest[report.get("question", file.stem)] = report.get("methods", {})
+    out: dict[str, list[str]] = {}
+    for _, said in sorted(newest.items()):
+        for name, rows in said.get("tables", {}).items():
+            lines = out.setdefault(name, [])
+            lines += ["", f"**Measured.** See [the whole comparison](../{said['page']}).", ""]
+            lines += ["| " + " | ".join(row) + " |" for row in (said["head"], ["---"] * len(said["head"]), *rows)]
+    return out
+
+
+def page(row: dict[str, Any], measured: Sequence[str] = ()) -> str:
+    """A method's documentation page in Markdown. measured: lines about what it reached."""
     lines = [f"# {row['title']}", "", f"`{row['name']}` · {row['kind']} · {row['fidelity']}"]
     if row["paper"]:
         lines[-1] += f" · [arXiv {row['paper']}](https://arxiv.org/abs/{row['paper']})"
@@ -40,6 +56,7 @@ def page(row: dict[str, Any]) -> str:
     if row["options"]:
         lines += ["", "| option | type | default |", "|---|---|---|"]
         lines += [f"| `{o['name']}` | `{o['type']}` | `{o['default']}` |" for o in row["options"]]
+    lines += measured
     path = row["module"].replace(".", "/") + ".py"
     return "\n".join([*lines, "", f"Source: [`{path}`](../../{path})", ""])
 
@@ -63,7 +80,8 @@ def files(root: Path) -> dict[Path, str]:
     rows = [as_row(card) for card in collect()]
     text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
     out = {root / "moestro" / "catalogue.json": text, root / "docs" / "methods" / "README.md": index(json.loads(text))}
-    out |= {root / "docs" / "methods" / f"{r['name']}.md": page(r) for r in json.loads(text)}
+    found = measured(root / "benchmarks" / "results")
+    out |= {root / "docs" / "methods" / f"{r['name']}.md": page(r, found.get(r["name"], ())) for r in json.loads(text)}
     return out
 
 
