@@ -30,6 +30,7 @@ import numpy as np
 import shapes
 from compression_grid import REMOVING, Cell, grid, planned, short
 
+from moestro.compress.encode.inputs import Inputs
 from moestro.compress.encoding import Encoder
 from moestro.compress.executor import compress
 from moestro.compress.live import compress_live
@@ -89,6 +90,23 @@ class Remembered:
             yield self._said[tuple(tokens)]
 
 
+class Sparing(Encoder):
+    """An encoder that does not do twice what comes out the same: the embedded model's experts are copies."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._done: dict[tuple[int, bytes, bytes], Any] = {}
+
+    def _one(self, number: int, w_RC: np.ndarray, given: Any) -> Any:
+        moment = given.moment_CC if isinstance(given, Inputs) else given
+        parts = (w_RC, np.zeros(0) if moment is None else moment)
+        digests = [hashlib.blake2b(np.ascontiguousarray(part).data, digest_size=16).digest() for part in parts]
+        key = number, digests[0], digests[1]
+        if key not in self._done:
+            self._done[key] = super()._one(number, w_RC, given)
+        return self._done[key]
+
+
 class Opened:
     """A model in memory, its answers to the held-out text, and its profiles, which are kept in files."""
 
@@ -126,7 +144,7 @@ class Opened:
         profile, began = self.profile(seed), time.process_time()
         plan = planned(cell, self.checkpoint, self.layout, profile, seed)
         planning = time.process_time()
-        changed = compress_live(plan, self.model, encoder=Encoder(plan, self.layout.facts, profile))
+        changed = compress_live(plan, self.model, encoder=Sparing(plan, self.layout.facts, profile))
         applied = time.process_time()
         origins = [[la.slots[row.slot].sources for row in la.routed] for la in plan.layers]
         found = compare(changed, self.original, self.bench.held_out, origins)
@@ -249,7 +267,7 @@ def benches(args: argparse.Namespace) -> list[Bench]:
         if args.trained is None or not (args.trained / "train.json").exists():
             raise SystemExit("--trained names no run; make it with: moestro train mixed --steps 500 -o RUN --export auto")
         exported = args.trained / "auto"
-        held_out, calibration = of_training(args.trained, 32, 32)
+        held_out, calibration = of_training(args.trained, 16, 32)
         if "mixed" in chosen:
             found.append(Bench("mixed", exported, (*REMOVING, *OTHER), held_out, calibration, SEEDS))
         if "duplicates" in chosen:
@@ -259,7 +277,7 @@ def benches(args: argparse.Namespace) -> list[Bench]:
         from moestro.build.upcycle.default import ensure_default_model
 
         path = ensure_default_model()
-        held_out, calibration = of_text(tokenised(path, args.data), 6, 16, LENGTH)
+        held_out, calibration = of_text(tokenised(path, args.data), 4, 16, LENGTH)
         if "smollm2" in chosen:
             folder = written(args.work / f"{path.name}-two", single, path)
             found.append(Bench("smollm2", folder, OTHER, held_out, calibration, SEEDS))
@@ -405,6 +423,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--only", nargs="+", metavar="NAME", help="cells whose name begins so")
     p.add_argument("--seeds", nargs="+", type=int, help=f"default {' '.join(map(str, SEEDS))}")
     p.add_argument("--reduced", action="store_true", help="two methods, one seed, a planted model")
+    p.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so long; the same command goes on")
     p.add_argument("--work", type=Path, default=cells.default_work() / "compression", help="folder for profiles and checkpoints")
     p.add_argument("--fresh", action="store_true", help="measure the chosen cells again")
     p.add_argument("--out", type=Path, help="results file; by default in benchmarks/results/, reduced in the work folder")
@@ -413,7 +432,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = arguments(argv)
+    args, began = arguments(argv), time.monotonic()
     args.work.mkdir(parents=True, exist_ok=True)
     only = tuple(args.only or (("reap", "hierarchical + frequency") if args.reduced else ("",)))
     if args.list:
@@ -436,6 +455,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             opened = Opened(bench, args.work)
             digest = record.describe(opened)
             for cell in wanted:
+                if time.monotonic() - began > 60 * args.minutes:
+                    cells.say("stopped, as --minutes says; the same command goes on")
+                    return 0
                 record.measure(opened, digest, cell, seed)
     record.write(versions=cells.versions())
     rows = summary(record.report["cells"])

@@ -41,6 +41,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 MIXED = ("int2:64", "int3:64", "int4:64")  # what budgets of bits choose from
 MEANS = (2.5, 3.25)  # bits of a weight with its scales: those of int2:32 and of int3:64
+EVERY_FUSE = "compress.group.hierarchical"  # the grouping that every way to fuse is tried with; the others have the usual one
 REMOVING = ("criterion", "search", "group")
 STEPS = REMOVING + ("neurons", "sparsify", "encode")
 # Some of several steps; encoders at 4 and 3 bits after the least and the most usual shares.
@@ -111,7 +112,7 @@ def grid(kinds: Iterable[str], d_expert: int) -> list[Cell]:
         if kind not in wanted or kind not in STEPS:
             continue
         if kind == "group":
-            for fuse in fuses:
+            for fuse in fuses if name == EVERY_FUSE else [f"compress.fuse.{Wish().fuse}"]:
                 for ratio in RATIOS:
                     wish = {"ratio": ratio, "fuse": short(fuse)}
                     found.append(Cell(f"{short(name)} + {short(fuse)}", share(ratio), kind, (Step(name, wish),)))
@@ -161,7 +162,7 @@ def formats(name: str, codecs: Iterable[str]) -> list[str]:
 
 
 def mixtures(budgets: Iterable[str]) -> Iterator[Cell]:
-    """Every budget of bits over fitted rounding, which is quick to try in every width, and the usual one over GPTQ."""
+    """Every budget of bits over fitted rounding, which is quick to try in every width, and the usual one over GPTQ and at more bits."""
     rounded = {"options": {"search": True}}
     for budget in budgets:
         scopes: tuple[dict[str, Any], ...] = (
@@ -170,7 +171,7 @@ def mixtures(budgets: Iterable[str]) -> Iterator[Cell]:
         for options in scopes:
             for method, wish in ((ROUNDED, rounded), *(((LAST, {}),) if budget == USUAL_BUDGET and not options else ())):
                 title = f"{short(budget)} of {short(method)}" + (f", {said(options)}" if options else "")
-                for bits in MEANS:
+                for bits in MEANS if budget == USUAL_BUDGET else MEANS[:1]:
                     wish = wish | {"codecs": MIXED, "bits": bits, "budget": budget, "budget_options": options}
                     yield Cell(title, f"{bits:g} bits", "bits", (Step(method, wish, bits=True),))
 

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,3 +125,21 @@ def test_planted_duplicates_are_duplicates(tmp_path):
     torch.testing.assert_close(first, copy)
     assert not torch.allclose(first, model.layers[0].experts.output(x_TD, 7))
     assert plan.experts == 12
+
+
+def test_copies_are_encoded_once(tmp_path):
+    from moestro.compress.bits import blank, encode_experts
+    from moestro.compress.encode.inputs import Inputs
+    from moestro.compress.encoding import Encoder
+
+    made = bench.tiny(tmp_path)
+    checkpoint = Checkpoint.open(made.path)
+    layout = describe(checkpoint)
+    plan = encode_experts(blank(checkpoint, layout, "x"), layout, "compress.encode.gptq", "int8:32")
+    rng = np.random.default_rng(0)
+    w_RC, x_nC, other_nC = (rng.standard_normal(shape).astype(np.float32) for shape in ((16, 32), (64, 32), (64, 32)))
+    given = [Inputs.of(x) for x in (x_nC, other_nC)]
+    sparing, plain = (cls(plan, layout.facts, None, lambda *_: {}) for cls in (bench.Sparing, Encoder))
+    first, again, otherwise = (sparing._one(0, w_RC.copy(), given[i]) for i in (0, 0, 1))
+    assert first is again and first is not otherwise
+    np.testing.assert_array_equal(otherwise.dequantise(), plain._one(0, w_RC, given[1]).dequantise())
