@@ -106,11 +106,14 @@ def steps(program: programs.Program, shape: shapes.Shape, percent: int, args: An
         engine.prefill(np.array([ids[: args.prompt]], np.int64), state)
         before = counted(engine)
         memory = programs.memory_rate(args.threads)
+        stack, halves = getattr(engine.trunk, "stack", None), np.zeros(2)
         for number, token in enumerate(ids[args.prompt : length]):
             clock.on = number % 2 == 1
+            halves -= stack.spent if stack and clock.on else (0, 0)
             began = time.perf_counter()
             engine.decode(np.array([[token]], np.int64), state)
             (watched if clock.on else plain).append(time.perf_counter() - began)
+            halves += stack.spent if stack and clock.on else (0, 0)
         clock.on = False
         rate = programs.beside(memory, programs.memory_rate(args.threads))
         misses, read, reading = (b - a for a, b in zip(before, counted(engine), strict=True))
@@ -125,6 +128,7 @@ def steps(program: programs.Program, shape: shapes.Shape, percent: int, args: An
     return {
         "step_ms": spread(t * 1e3 for t in plain),
         "timed_step_ms": spread(t * 1e3 for t in watched),
+        "climb_ms": dict(zip(("first halves", "second halves"), (1e3 * halves / len(watched)).tolist(), strict=True)),
         "native": dict(sorted(calls.items(), key=lambda item: -item[1]["ms"])),
         "python_ms": total - inside,
         "python_share": (total - inside) / total,

@@ -135,10 +135,11 @@ def transformers(shape: Shape, work: Path, *, say: Say, experts: str = "grouped_
 
 
 def memory_rate(threads: int, probes: int = 2) -> list[float]:
-    """Bytes per second at which this machine reads memory now, probed so many times."""
-    from moestro.kernels.bandwidth import probe
+    """Bytes per second at which this machine reads memory now, probed so many times: the median pass, as a median step is compared
+    with it. The best pass would be what the machine does when its neighbours rest."""
+    from moestro.kernels.bandwidth import passes
 
-    return [probe(0.1, threads=threads) for _ in range(probes)]
+    return [statistics.median(passes(0.2, threads=threads)) for _ in range(probes)]
 
 
 def beside(before: list[float], after: list[float]) -> float:

@@ -46,6 +46,10 @@ def step(report: dict[str, Any]) -> str:
             [f"`{n}`", f"{c['calls']:.0f}", f"{c['ms']:.2f}", f"{100 * c['ms'] / total:.1f} %"]
             for n, c in found["native"].items()
         ]
+        for half, ms in found["climb_ms"].items():
+            if ms:
+                at = next(i for i, c in enumerate(calls) if c[0] == "`climb`")
+                calls.insert(at + 1, [f"of it, {half}", "", f"{ms:.2f}", f"{100 * ms / total:.1f} %"])
         small = [c for c in calls if float(c[2]) < 0.005 * total]
         rest = [["the others", "", f"{sum(float(c[2]) for c in small):.2f}", ""]] if small else []
         calls = [c for c in calls if c not in small] + rest

@@ -16,6 +16,7 @@ from moestro.engine.store import ExpertStore, Views, arrived
 from moestro.engine.table import Moment, Placement, SlotTable
 from moestro.kernels.ffn import ExpertView
 from moestro.kernels.reader import Reader, aligned
+from moestro.kernels.step import Shelf
 
 
 class Lease:
@@ -56,10 +57,11 @@ class ExpertCache:
     """Slots filled from a store by a reader, as a table decides.
 
     The store must be attached to the reader. The pool's pages cost nothing until they are first used. views: experts in
-    memory and runnable. tickets: experts on their way. Hits and misses are counted by the table.
+    memory and runnable. shelf: the same for native code, kept if it is given. tickets: experts on their way. Hits and misses are
+    counted by the table.
     """
 
-    def __init__(self, store: ExpertStore, table: SlotTable, reader: Reader) -> None:
+    def __init__(self, store: ExpertStore, table: SlotTable, reader: Reader, shelf: Shelf | None = None) -> None:
         self.store, self.table, self.reader = store, table, reader
         self.views: dict[ExpertKey, ExpertView] = {}
         self.tickets: dict[ExpertKey, int] = {}
@@ -69,6 +71,7 @@ class ExpertCache:
         self._made: dict[int, Views] = {}  # of each slot
         self._slot_bytes = store.slot_bytes
         self._pool = aligned(sum(table.slots) * self._slot_bytes)
+        self.shelf = shelf
 
     @property
     def pool_bytes(self) -> int:
@@ -162,7 +165,7 @@ class ExpertCache:
 
     def _leave(self, key: ExpertKey, slot: int) -> None:
         """Let go of an expert whose slot is free for other bytes; what has not been read of it never is."""
-        self.views.pop(key, None)
+        self._lose(key)
         if (ticket := self.tickets.pop(key, None)) is not None:
             self.reader.cancel(ticket)
             if not self.reader.done(ticket):
@@ -187,7 +190,14 @@ class ExpertCache:
             raise
         del self.tickets[key]
         self.views[key] = view
+        if self.shelf is not None:
+            self.shelf.put(*key, view)
         return view
+
+    def _lose(self, key: ExpertKey) -> None:
+        """No longer runnable, if it was."""
+        if self.views.pop(key, None) is not None and self.shelf is not None:
+            self.shelf.put(*key, None)
 
     def _sweep(self) -> None:
         """After an error: what failed, or was placed but never read, is no resident; what is no resident is forgotten."""
@@ -195,7 +205,7 @@ class ExpertCache:
             if key not in self.views and key not in self.tickets:
                 self.table.drop(key)
         for key in [key for key in (*self.views, *self.tickets) if key not in self.table]:
-            self.views.pop(key, None)
+            self._lose(key)
             if (ticket := self.tickets.pop(key, None)) is not None:
                 self.reader.cancel(ticket)
                 with contextlib.suppress(OSError, EOFError, ValueError):
@@ -215,7 +225,8 @@ class ExpertCache:
         self.drain()
         for key in self.table.residents():
             self.table.drop(key)
-        self.views.clear()
+        for key in list(self.views):
+            self._lose(key)
         self.tickets.clear()
         self._made.clear()
 

@@ -22,7 +22,7 @@ from moestro.engine import memory as accounting
 from moestro.engine.cache import ExpertCache
 from moestro.engine.dispatch import Dispatch, demanded
 from moestro.engine.generate import Generation, Prompt
-from moestro.engine.native import NativeTrunk, choose_trunk
+from moestro.engine.native import NativeTrunk, Resident, choose_trunk
 from moestro.engine.prefetch import Glimpse, Prefetcher
 from moestro.engine.recorder import Recorder
 from moestro.engine.replay import NONE, eviction_factory, make_predictor
@@ -31,8 +31,9 @@ from moestro.engine.store import ExpertStore, PackedStore, SourceStore, load
 from moestro.engine.table import Moment, SlotTable
 from moestro.engine.trunk import State, TransformersTrunk, Trunk, has_recurrent_states
 from moestro.kernels.ffn import ExpertView
-from moestro.kernels.native import cores
+from moestro.kernels.native import available, cores
 from moestro.kernels.reader import READERS, Reader
+from moestro.kernels.step import Shelf
 from moestro.models.checkpoint import Checkpoint
 from moestro.models.codecs.coded import changes_said
 from moestro.models.codecs.encode import PLANES, ROUNDED
@@ -88,7 +89,9 @@ class Engine:
         self.reader = Reader(READERS)
         try:
             self.store.attach(self.reader)
-            self.cache = ExpertCache(self.store, table, self.reader)
+            widest = max(layer.num_experts for layer in self.facts.layers)
+            shelf = Shelf(len(self.facts.layers), widest) if available() else None
+            self.cache = ExpertCache(self.store, table, self.reader, shelf)
             self.dispatch = Dispatch(self.cache, self.facts.layers, self.threads, prefetcher)
             self.trunk: Trunk = self._load_trunk()
         except BaseException:
@@ -202,7 +205,12 @@ class Engine:
         """Its matrices as the plan says: from the packed folder if they lie there so, else quantised while they are read."""
         codec = self.plan.trunk_codec
         packed = self.store.trunk() if isinstance(self.store, PackedStore) and codec == self.store.trunk_codec else None
-        options = {"codec": codec, "packed": packed, "threads": self.threads, "resident": self._resident}
+        options = {
+            "codec": codec,
+            "packed": packed,
+            "threads": self.threads,
+            "resident": Resident(self._resident, self._shelf, self._used),
+        }
         return NativeTrunk(self.checkpoint, self.layout, self._seam, self.plan.dtype, **options)
 
     def _changes(self) -> tuple[str, ...]:
@@ -284,6 +292,18 @@ class Engine:
             self.recorder.layer(ordinal, experts_1K, weights_1K)
         return views
 
+    def _shelf(self) -> Shelf | None:
+        """Where the trunk may find experts by itself; None when it has to ask layer by layer."""
+        if self.stop.is_set():
+            raise KeyboardInterrupt
+        return None if self._watched or self.dispatch.prefetcher is not None else self.cache.shelf
+
+    def _used(self, ordinals: Sequence[int], experts_LK: np.ndarray, weights_LK: np.ndarray) -> None:
+        """Layers for which the trunk found its one token's experts by itself: what the seam does but the arithmetic."""
+        self.cache.table.use_all(self._step, self._prefilling, ordinals, experts_LK)
+        if self.recorder is not None:
+            self.recorder.layers(ordinals, experts_LK, weights_LK)
+
     def _told(self, logits_TE: np.ndarray, residual_TD: np.ndarray) -> None:
         """What the native trunk knows beside the seam; the seam of the same layer is asked next."""
         self._routers.append((logits_TE.copy(), residual_TD.copy()) if self._inputs else (logits_TE.copy(),))
@@ -306,7 +326,9 @@ class Engine:
         self, tokens_BT: np.ndarray, state: State, valid_BT: np.ndarray | None, *, prefill: bool, every: bool = False
     ) -> np.ndarray:
         self._prefilling = prefill
-        if self.recorder is not None:
+        if self.recorder is not None and tokens_BT.shape == (1, 1) and valid_BT is None and state.valid_BT is None:
+            self.recorder.step(self._step, prefill, tokens_BT[0], np.array([self._sequences - 1]), np.array([state.length]))
+        elif self.recorder is not None:
             rows = np.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
             before_B = np.full(len(rows), state.length) if state.valid_BT is None else state.valid_BT.sum(1)
             positions_BT = before_B[:, None] + np.cumsum(rows, axis=1) - 1

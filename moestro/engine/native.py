@@ -6,7 +6,8 @@ Shapes: B sequences, T tokens of one pass, N valid rows of it, D model width, V 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -21,7 +22,7 @@ from moestro.kernels.ffn import ExpertView, grouped_ffn
 from moestro.kernels.linear import linear
 from moestro.kernels.norm import add_rms_norm, rms_norm
 from moestro.kernels.softmax import sigmoid
-from moestro.kernels.step import LayerStep
+from moestro.kernels.step import LayerStep, Shelf, Stack
 from moestro.kernels.topk import topk
 from moestro.models.checkpoint import Checkpoint
 from moestro.models.codecs.encode import parse_trunk_codec
@@ -32,9 +33,23 @@ from moestro.models.native.decoder import Attention, Decoder, Layer, Mlp
 from moestro.models.native.router import liked, route
 from moestro.models.native.weights import Weights, embed, matrices
 
-# fn(ordinal, x_1D, experts_1K, weights_1K) -> the chosen experts' views in this order, counted as the seam counts, if all are in memory
-Resident = Callable[[int, np.ndarray, np.ndarray, np.ndarray], list[ExpertView] | None]
 Watch = Callable[[np.ndarray, np.ndarray], None]  # watch(logits_NE, residual_ND): buffers that are used again
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """How one row finds experts that are in memory.
+
+    views: fn(ordinal, x_1D, experts_1K, weights_1K) -> the chosen experts' views in this order, counted as the seam counts, if all are there.
+    shelf: fn() -> where a whole pass may find them by itself, or None when each layer has to be asked for.
+    used: fn(ordinals, experts_LK, weights_LK) is told what was found so, before anything else is asked.
+    """
+
+    views: Callable[[int, np.ndarray, np.ndarray, np.ndarray], list[ExpertView] | None]
+    shelf: Callable[[], Shelf | None]
+    used: Callable[[Sequence[int], np.ndarray, np.ndarray], None]
+
+
 TRUNKS = ("auto", "native", "transformers")
 
 
@@ -57,10 +72,10 @@ def choose_trunk(checkpoint: Checkpoint, layout: Layout, trunk: str = "auto", dt
 class NativeTrunk:
     """A `Trunk` for the families of models.native. See `native_supported`.
 
-    seam: computes the routed experts. resident: gives them for one row, which then takes two native calls per layer; where it gives
-    none, the seam is asked. dtype: of cached keys and values, 'auto' for the checkpoint's own; arithmetic is float32
+    seam: computes the routed experts. resident: gives them for one row, which then takes two native calls per layer, or one for all
+    layers as far as the experts lie on its shelf; where it gives none, the seam is asked. dtype: of cached keys and values, 'auto' for the checkpoint's own; arithmetic is float32
     and weights stay as stored, or matrices are in few bits: `codec` names how, and `packed` holds them so already.
-    threads: of the arithmetic, 0 for all cores. watch: told of each MoE layer before its seam is asked; None when nobody asks.
+    stack: all layers as one for such a row, or None. threads: of the arithmetic, 0 for all cores. watch: told of each MoE layer before its seam is asked; None when nobody asks.
 
     Raises:
         UnsupportedModel: a decoder it does not compute, or a dtype that would round the weights.
@@ -89,6 +104,7 @@ class NativeTrunk:
         assert self.dtype in DTYPES
         self.watch: Watch | None = None
         self.decoder: Decoder = describe(checkpoint, layout)
+        self._turns_R = np.tile(self.decoder.rope.frequency_R, 2)  # both halves of a head turn alike
         weights = Weights(checkpoint, matrices(self.decoder), parse_trunk_codec(codec), packed)
         self._embedding, self._head = weights.outer(self.decoder)
         self._norm = weights.required(self.decoder.norm)
@@ -100,6 +116,7 @@ class NativeTrunk:
         self._following = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
         pairs = zip(self._layers, self._following, strict=True)
         self._steps = [None if resident is None else layer.step(norm, self.decoder) for layer, norm in pairs]
+        self.stack = self._stacked()
         self._routers = [layer.router for layer in self._layers if layer.router is not None]
         self._rooms = [layer.attention.room for layer in self._layers]
         self._scratch = Scratch()
@@ -119,6 +136,15 @@ class NativeTrunk:
             None if layer.mlp is None else _view(layer.mlp, weights),
             None if layer.mlp_gate is None else weights.linear(layer.mlp_gate),
         )
+
+    def _stacked(self) -> Stack | None:
+        """All layers as one, where each can be a step; layers with routers choose equally many."""
+        steps = [step for step in self._steps if step is not None]  # none without `resident`
+        routers = [layer.router for layer in self._layers]
+        slots = {router.facts.top_k for router in routers if router is not None}
+        if len(steps) < len(self._steps) or len(slots) > 1:
+            return None
+        return Stack(steps, [0 if router is None else router.facts.ordinal for router in routers], max(slots, default=0))
 
     @property
     def nbytes(self) -> int:
@@ -171,7 +197,7 @@ class NativeTrunk:
         for cache, part in parts:
             lengths_N[part] = np.arange(cache.length + 1, cache.length + 1 + part.stop - part.start)
         rope = self.decoder.rope
-        angle_NR = (lengths_N - 1).astype(np.float32)[:, None] * np.tile(rope.frequency_R, 2)
+        angle_NR = (lengths_N - 1).astype(np.float32)[:, None] * self._turns_R
         scale = np.float32(rope.scale)
         return Step(parts, lengths_N, np.cos(angle_NR) * scale, np.sin(angle_NR) * scale, self._scratch, self.threads)
 
@@ -183,9 +209,13 @@ class NativeTrunk:
             x_ND *= np.float32(decoder.embedding_scale)
         normed_ND, y_ND = step.scratch.take("normed", rows, width), step.scratch.take("y", rows, width)
         rms_norm(x_ND, self._layers[0].input_norm, decoder.eps, out_TD=normed_ND)
+        alone = self.resident is not None and self.watch is None and rows == len(step.sequences) == 1
+        if alone and self.stack is not None and (shelf := self.resident.shelf()) is not None:
+            self._climb(self.stack, shelf, x_ND, normed_ND, step, y_ND)
+            return normed_ND
         for index, (layer, norm) in enumerate(zip(self._layers, self._following, strict=True)):
             fast = self._steps[index]
-            if fast is not None and self.watch is None and rows == len(step.sequences) == 1:
+            if fast is not None and alone:
                 self._one_row(fast, index, x_ND, normed_ND, step, y_ND)
                 continue
             layer.attention(normed_ND, step, index, y_ND)
@@ -223,17 +253,43 @@ class NativeTrunk:
         self, fast: LayerStep, index: int, x_1D: np.ndarray, normed_1D: np.ndarray, step: Step, y_1D: np.ndarray
     ) -> None:
         """One layer of a single row in two native calls, if its experts are in memory; the bits of the general way."""
-        layer, cache, decoder = self._layers[index], step.sequences[0][0], self.decoder
-        assert self.resident is not None
+        layer, cache = self._layers[index], step.sequences[0][0]
         slots = 0 if layer.router is None else layer.router.facts.top_k
         ids_1K, weights_1K = np.empty((1, slots), np.int64), np.empty((1, slots), np.float32)
         fast.before_experts(x_1D, normed_1D, *cache.place(index), step.cos_NR, step.sin_NR, ids_1K, weights_1K, step.threads)
-        views = [] if layer.router is None else self.resident(layer.router.facts.ordinal, normed_1D, ids_1K, weights_1K)
+        self._after_choice(fast, index, x_1D, normed_1D, ids_1K, weights_1K, step, y_1D)
+
+    def _after_choice(
+        self, fast: LayerStep, index: int, x_1D: np.ndarray, normed_1D: np.ndarray, ids_1K: np.ndarray, weights_1K: np.ndarray,
+        step: Step, y_1D: np.ndarray,
+    ) -> None:  # fmt: skip
+        """The second half of a layer: what is in memory natively, else by the seam."""
+        layer, decoder = self._layers[index], self.decoder
+        assert self.resident is not None
+        views = [] if layer.router is None else self.resident.views(layer.router.facts.ordinal, normed_1D, ids_1K, weights_1K)
         if views is not None:
             fast.after_choice(x_1D, normed_1D, views, weights_1K, step.threads)
             return
         added_1D = self._routed(layer, normed_1D, ids_1K, weights_1K, step, y_1D)
         add_rms_norm(x_1D, added_1D, self._following[index], decoder.eps, scale=decoder.residual_scale, out_TD=normed_1D)
+
+    def _climb(self, stack: Stack, shelf: Shelf, x_1D: np.ndarray, normed_1D: np.ndarray, step: Step, y_1D: np.ndarray) -> None:
+        """All layers of a single row: natively from one layer whose experts are not all in memory to the next."""
+        assert self.resident is not None
+        cache, count, index = step.sequences[0][0], len(self._layers), 0
+        ids_LK, weights_LK = np.empty((count, stack.slots), np.int64), np.empty((count, stack.slots), np.float32)
+        rooms = [cache.place(layer) for layer in range(count)]
+        while index < count:
+            reached = stack.climb(
+                index, x_1D, normed_1D, rooms[index:], step.cos_NR, step.sin_NR, shelf, ids_LK, weights_LK, step.threads
+            )
+            routed = [i for i in range(index, reached) if self._layers[i].router is not None]
+            ordinals = [router.facts.ordinal for i in routed if (router := self._layers[i].router) is not None]
+            self.resident.used(ordinals, ids_LK[routed], weights_LK[routed])
+            if reached < count:
+                one = slice(reached, reached + 1)
+                self._after_choice(stack.layers[reached], reached, x_1D, normed_1D, ids_LK[one], weights_LK[one], step, y_1D)
+            index = reached + 1
 
     def _dense(self, layer: NativeLayer, x_ND: np.ndarray, step: Step, out_ND: np.ndarray) -> None:
         """out_ND: the MLP that every row passes, times its gate if it has one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,18 @@ class Recorder:
         gap = ((0, 0), (0, self._slots - experts_TK.shape[1]))
         self._experts[ordinal].append(np.pad(experts_TK.astype(np.int16), gap, constant_values=-1))
         self._weights[ordinal].append(np.pad(np.where(experts_TK < 0, 0, weights_TK).astype(np.float16), gap))
+
+    def layers(self, ordinals: Sequence[int], experts_LK: np.ndarray, weights_LK: np.ndarray) -> None:
+        """What several layers demand of one row, none of it empty."""
+        experts, weights = experts_LK.astype(np.int16), weights_LK.astype(np.float16)
+        if (missing := self._slots - experts.shape[1]) > 0:
+            experts, weights = (
+                np.pad(experts, ((0, 0), (0, missing)), constant_values=-1),
+                np.pad(weights, ((0, 0), (0, missing))),
+            )
+        for row, ordinal in enumerate(ordinals):
+            self._experts[ordinal].append(experts[row : row + 1])
+            self._weights[ordinal].append(weights[row : row + 1])
 
     def ahead(self, ordinal: int, ids_TW: np.ndarray) -> None:
         """What a layer's input made the predictor expect of the next layer."""

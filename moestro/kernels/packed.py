@@ -121,6 +121,19 @@ class Packed:
         assert total is not None
         return total
 
+    def take(self, ids_N: np.ndarray, out_NC: np.ndarray) -> np.ndarray:
+        """out_NC: float32 rows of `dequantise` by number, int64. Raises IndexError when there is no such row."""
+        module = native.extension()
+        if module is not None:
+            module.unpack_rows(self.handle or self.bind(module), ids_N, out_NC)
+            return out_NC
+        if len(ids_N) and not 0 <= ids_N.min() <= ids_N.max() < self.rows:
+            raise IndexError(f"row {ids_N.max()} of {self.rows}")
+        tiles, back_N = np.unique(ids_N // TILE, return_inverse=True)
+        parts = tuple(np.ascontiguousarray(part.reshape(-(-self.rows // TILE), -1)[tiles]).reshape(-1) for part in self.parts)
+        values = Packed(parts, self.format, self.group, len(tiles) * TILE, self.cols).dequantise()
+        return np.take(values, back_N * TILE + ids_N % TILE, axis=0, out=out_NC)
+
     def reference(self) -> Callable[[np.ndarray], np.ndarray]:
         """The product with one row of activations, float32 [cols] -> [rows], in numpy: the bits of the native code."""
         planes = [(whole.reshape(self.rows, -1, BLOCK), scale) for whole, scale in _planes(self)]

@@ -1,5 +1,7 @@
 """One row through one decoder layer in two native calls instead of twenty: what lies before the choice of experts, and what after.
 
+A `Stack` runs many layers in one call, as far as the experts that they choose lie on a `Shelf`.
+
 The calls are made of the other kernels, in the order and with the bits of calling them one by one, which is their reference; so there
 is no numpy form. A `LayerStep` holds a layer's weights by address. Shapes: D model width, K slots, H heads, R rotated dimensions.
 """
@@ -134,7 +136,7 @@ class LayerStep:
             if dense.gate is not None:
                 _fits([(dense.gate[0].shape, (1, width))])
             parts[2] = (dense.mlp.handle, gate, ACTIVATIONS.index(dense.activation))
-        self._module, self._plan = module, module.LayerPlan(width, eps, residual, _at(post_norm), _at(next_norm), *parts)
+        self._module, self.plan = module, module.LayerPlan(width, eps, residual, _at(post_norm), _at(next_norm), *parts)
         self._held = (post_norm, next_norm, attention, router, dense)
 
     def before_experts(
@@ -156,7 +158,7 @@ class LayerStep:
         ids_1K (int64), weights_1K: filled when there is a router.
         """
         self._module.before_experts(
-            self._plan, x_1D, normed_1D, keys_KSd, values_KSd, at, cos_1R, sin_1R, ids_1K, weights_1K, threads
+            self.plan, x_1D, normed_1D, keys_KSd, values_KSd, at, cos_1R, sin_1R, ids_1K, weights_1K, threads
         )
 
     def after_choice(
@@ -167,7 +169,66 @@ class LayerStep:
         Raises:
             ValueError: another number of experts, or experts that do not fit.
         """
-        self._module.after_choice(self._plan, x_1D, normed_1D, [one.handle for one in experts], weights_1K, threads)
+        self._module.after_choice(self.plan, x_1D, normed_1D, [one.handle for one in experts], weights_1K, threads)
+
+
+class Shelf:
+    """Where experts lie in memory, by layer and number. The views put there are kept alive. Needs native code."""
+
+    def __init__(self, layers: int, experts: int) -> None:
+        module = native.extension()
+        assert module is not None, "a shelf needs native code"
+        self.native = module.Shelf(layers, experts)
+        self._held: dict[tuple[int, int], ExpertView] = {}
+
+    def put(self, layer: int, expert: int, view: ExpertView | None) -> None:
+        """The expert is here now, or with None nowhere. Raises IndexError when there is no such place."""
+        self.native.put(layer, expert, None if view is None else view.handle)
+        if view is None:
+            self._held.pop((layer, expert), None)
+        else:
+            self._held[layer, expert] = view
+
+
+class Stack:
+    """Decoder layers on top of one another. shelves: the layer of the shelf that each layer's experts are in; any for one without."""
+
+    def __init__(self, layers: Sequence[LayerStep], shelves: Sequence[int], slots: int) -> None:
+        module = native.extension()
+        assert module is not None, "a stack needs native code"
+        self._module, self.layers = module, tuple(layers)
+        self._plan = module.Stack([layer.plan for layer in layers], list(shelves))
+        self.slots = slots  # K, of the layer with the most
+
+    @property
+    def spent(self) -> tuple[float, float]:
+        """Seconds spent in the layers' first halves (attention, the router) and second ones (experts), in all calls so far."""
+        return self._plan.spent
+
+    def climb(
+        self,
+        first: int,
+        x_1D: np.ndarray,
+        normed_1D: np.ndarray,
+        rooms: list[tuple[np.ndarray, np.ndarray, int]],
+        cos_1R: np.ndarray,
+        sin_1R: np.ndarray,
+        shelf: Shelf,
+        ids_LK: np.ndarray,
+        weights_LK: np.ndarray,
+        threads: int = 0,
+    ) -> int:
+        """Layers from `first` on, as by `LayerStep`; the layer whose experts are not all on the shelf, or have weight 0, else L.
+
+        Of the layer that is returned the experts are chosen and `after_choice` is still to be done. rooms: keys [H, S, d], values
+        and position of each layer from `first` on. ids_LK (int64), weights_LK: rows are filled up to that layer.
+
+        Raises:
+            ValueError: arrays or experts that do not fit.
+        """
+        return self._module.climb(
+            self._plan, first, x_1D, normed_1D, rooms, cos_1R, sin_1R, shelf.native, ids_LK, weights_LK, threads
+        )
 
 
 def _at(array: np.ndarray | None) -> int:

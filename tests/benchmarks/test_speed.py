@@ -156,7 +156,8 @@ def test_anatomy(work):
     assert half["read_per_token"] > 0 < half["reading_ms"]
     spent = sum(call["ms"] for call in inside["native"].values())
     assert inside["python_ms"] + spent == pytest.approx(inside["python_share"] and inside["python_ms"] / inside["python_share"])
-    assert inside["native"]["before_experts"]["calls"] == inside["native"]["after_choice"]["calls"] == TINY.layers
+    assert inside["native"]["climb"]["calls"] == 1 and 0 < sum(inside["climb_ms"].values()) <= inside["native"]["climb"]["ms"]
+    assert half["native"]["climb"]["calls"] > 1, "it stops where experts are missing"
     assert [r["rows"] for r in report["kernel"]] == [1, 2]
 
 

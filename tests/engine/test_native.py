@@ -14,7 +14,7 @@ from moestro.core.errors import CheckpointError, InputError, UnsupportedModel
 from moestro.core.layer import LayerFacts, RouterFacts
 from moestro.engine.attention_cache import Room, SequenceCache
 from moestro.engine.engine import Engine
-from moestro.engine.native import NativeTrunk, choose_trunk
+from moestro.engine.native import NativeTrunk, Resident, choose_trunk
 from moestro.engine.sample import SamplingParams
 from moestro.engine.trunk import TransformersTrunk, Trunk
 from moestro.kernels.attention import attend
@@ -78,7 +78,7 @@ class NativeEngine(Engine):
     """An engine with the native trunk."""
 
     def _load_trunk(self) -> Trunk:
-        options = {"threads": self.threads, "resident": self._resident}
+        options = {"threads": self.threads, "resident": Resident(self._resident, self._shelf, self._used)}
         return NativeTrunk(self.checkpoint, self.layout, self._seam, self.plan.dtype, **options)
 
 
@@ -388,7 +388,7 @@ def test_a_pass_that_is_broken_off_can_be_repeated(tiny, native):
 ALONE = """
 import sys
 from moestro.engine.engine import Engine
-from moestro.engine.native import NativeTrunk
+from moestro.engine.native import NativeTrunk, Resident
 from moestro.engine.residency import plan_residency
 from moestro.engine.sample import SamplingParams
 from moestro.models.checkpoint import Checkpoint
@@ -397,7 +397,7 @@ from moestro.models.native import native_supported
 
 class NativeEngine(Engine):
     def _load_trunk(self):
-        options = {"threads": self.threads, "resident": self._resident}
+        options = {"threads": self.threads, "resident": Resident(self._resident, self._shelf, self._used)}
         return NativeTrunk(self.checkpoint, self.layout, self._seam, self.plan.dtype, **options)
 
 checkpoint = Checkpoint.open(sys.argv[1])

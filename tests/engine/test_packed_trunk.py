@@ -14,7 +14,7 @@ from moestro.engine.sample import SamplingParams
 from moestro.engine.store import PackedStore
 from moestro.kernels.packed import quantise
 from moestro.models.codecs.encode import ROUNDED, parse_codec
-from moestro.models.codecs.trunk import encode_rows, rows_of
+from moestro.models.codecs.trunk import encode_rows
 from moestro.models.native import describe
 from moestro.models.native.weights import Weights, matrices
 
@@ -154,7 +154,7 @@ def test_pieces_of_a_matrix_are_its_tiles(format, tmp_path, monkeypatch):
     pieces = encode_rows(checkpoint, "w", codec)
     np.testing.assert_array_equal(pieces.parts[0], whole.parts[0])
     ids = np.array([76, 0, 5, 5, 16, 33])
-    np.testing.assert_array_equal(rows_of(pieces, ids, np.empty((6, 64), np.float32)), whole.dequantise()[ids])
+    np.testing.assert_array_equal(pieces.take(ids, np.empty((6, 64), np.float32)), whole.dequantise()[ids])
 
 
 def test_damage_is_found(tmp_path, tiny, opened, make_plan):

@@ -1,7 +1,7 @@
-"""One row in two native calls per layer: the bits, the counts and the trace of the general way, whatever is in memory."""
+"""One row in one native call, or in two per layer: the bits, the counts and the trace of the general way, whatever is in memory."""
 
+from dataclasses import replace
 from functools import partial
-from types import MethodType
 
 import numpy as np
 import pytest
@@ -10,8 +10,9 @@ from moestro.engine.attention_cache import Room, SequenceCache
 from moestro.engine.native import NativeTrunk
 from moestro.engine.replay import replay
 from moestro.kernels import native as code
+from moestro.kernels.ffn import ExpertView
 from moestro.kernels.linear import linear
-from moestro.kernels.step import AttentionStep, LayerStep, RouterStep
+from moestro.kernels.step import AttentionStep, LayerStep, RouterStep, Shelf, Stack
 from moestro.models.native.weights import wrap
 
 pytestmark = [
@@ -32,10 +33,13 @@ CASES = (
 )
 
 
-def opened_engine(engine, folder, size, *, fast, **changes):
+def opened_engine(engine, folder, size, *, way="pass", **changes):
+    """way: one row takes native calls per 'pass' or per 'layer', or goes the 'general' way of many rows."""
     made = engine(folder, size, trace=True, trunk="native", **changes)
     assert isinstance(made.trunk, NativeTrunk)
-    if not fast:
+    if way != "pass":
+        made.trunk.stack = None
+    if way == "general":
         made.trunk._steps = [None] * len(made.trunk._steps)
     return made
 
@@ -53,17 +57,19 @@ def decoded(made, prompt=5):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_same_bits_counts_and_trace(family, changes, dtype, size, tiny, engine):
     folder, _ = tiny(family, None, dtype, **changes)
-    fast, slow = (opened_engine(engine, folder, size, fast=way) for way in (True, False))
-    assert all(step is not None for step in fast.trunk._steps)
-    np.testing.assert_array_equal(decoded(fast), decoded(slow))
-    assert fast.cache.table.counts() == slow.cache.table.counts()
-    ours, theirs = fast.trace(), slow.trace()
-    np.testing.assert_array_equal(ours.experts_LTK, theirs.experts_LTK)
-    np.testing.assert_array_equal(ours.weights_LTK, theirs.weights_LTK)
+    stack, steps, slow = (opened_engine(engine, folder, size, way=way) for way in ("pass", "layer", "general"))
+    assert stack.trunk.stack is not None and all(step is not None for step in stack.trunk._steps)
+    expected, theirs = decoded(slow), slow.trace()
+    for fast in (stack, steps):
+        np.testing.assert_array_equal(decoded(fast), expected)
+        assert fast.cache.table.counts() == slow.cache.table.counts()
+        ours = fast.trace()
+        np.testing.assert_array_equal(ours.experts_LTK, theirs.experts_LTK)
+        np.testing.assert_array_equal(ours.weights_LTK, theirs.weights_LTK)
 
 
 def test_all_in_memory_asks_the_seam_for_nothing(tiny, engine):
-    made = opened_engine(engine, tiny("olmoe")[0], "full", fast=True)
+    made = opened_engine(engine, tiny("olmoe")[0], "full")
     first = decoded(made)
     layers = made.facts.layers
     for layer in layers:  # every expert, in rows that the seam computes
@@ -72,13 +78,14 @@ def test_all_in_memory_asks_the_seam_for_nothing(tiny, engine):
     state = made.trunk.start(1, 32)
     made.prefill(np.array([TOKENS[:5]]), state)
     made.trunk.seam = lambda *_: pytest.fail("asked")
+    made.dispatch.resident = lambda *_: pytest.fail("asked layer by layer")
     np.testing.assert_array_equal(made.decode(np.array([[TOKENS[5]]]), state)[0], first[0])
 
 
 def test_what_a_step_does_not_compute_keeps_the_general_way(tiny, engine):
     groups = {"n_group": 4, "topk_group": 2, "norm_topk_prob": False}
     for family, changes in (("deepseek_v3", {}), ("glm4_moe", groups)):
-        made = opened_engine(engine, tiny(family, **changes)[0], "full", fast=True)
+        made = opened_engine(engine, tiny(family, **changes)[0], "full")
         routed = [step for step, layer in zip(made.trunk._steps, made.trunk._layers, strict=True) if layer.router]
         assert routed and not any(routed)
         assert np.isfinite(decoded(made)).all()
@@ -90,7 +97,7 @@ def test_what_a_step_does_not_compute_keeps_the_general_way(tiny, engine):
 def test_replay_agrees_whatever_guesses(eviction, predictor, prefetch, scope, tiny, engine):
     folder, _ = tiny("olmoe")
     policy = {"eviction": eviction, "predictor": predictor, "prefetch": prefetch, "scope": scope}
-    fast, slow = (opened_engine(engine, folder, "medium", fast=way, **policy) for way in (True, False))
+    fast, slow = (opened_engine(engine, folder, "medium", way=way, **policy) for way in ("pass", "general"))
     np.testing.assert_array_equal(decoded(fast), decoded(slow))
     for phase in (False, True):
         assert fast.cache.table.counts(prefill=phase) == slow.cache.table.counts(prefill=phase)
@@ -99,23 +106,23 @@ def test_replay_agrees_whatever_guesses(eviction, predictor, prefetch, scope, ti
 
 
 def test_a_step_that_is_stopped_can_be_repeated(tiny, engine):
-    made = opened_engine(engine, tiny("olmoe")[0], "full", fast=True)
+    made = opened_engine(engine, tiny("olmoe")[0], "full", way="layer")
     state = made.trunk.start(1, 16)
     made.prefill(np.array([TOKENS[:3]]), state)
-    resident, calls = made._resident, []
+    resident, calls = made.trunk.resident, []
 
-    def stopping(self, ordinal, *rest):
+    def stopping(ordinal, *rest):
         calls.append(ordinal)
         if ordinal == 1:
             raise KeyboardInterrupt
-        return resident(ordinal, *rest)
+        return resident.views(ordinal, *rest)
 
-    made.trunk.resident = MethodType(stopping, made)
+    made.trunk.resident = replace(resident, views=stopping)
     with pytest.raises(KeyboardInterrupt):
         made.decode(np.array([[TOKENS[3]]]), state)
     assert calls == [0, 1]
     made.trunk.resident = resident
-    whole = opened_engine(engine, tiny("olmoe")[0], "full", fast=True)
+    whole = opened_engine(engine, tiny("olmoe")[0], "full")
     other = whole.trunk.start(1, 16)
     whole.prefill(np.array([TOKENS[:3]]), other)
     one, two = (e.decode(np.array([[TOKENS[3]]]), s) for e, s in ((made, state), (whole, other)))
@@ -154,3 +161,21 @@ def test_weights_and_arrays_that_do_not_fit_are_refused():
         step.before_experts(x, normed, *cache.place(0), *turn, ids.astype(np.int32), shares)
     with pytest.raises(ValueError, match="0 experts; expected 2"):
         step.after_choice(x, normed, [], shares)
+
+    stack, shelf = Stack([step], [0], 2), Shelf(1, 5)
+    assert stack.climb(0, x, normed, [cache.place(0)], *turn, shelf, ids, shares) == 0  # nothing on the shelf
+    for expert in range(5):
+        matrices = [weights(rows, cols)[0] for rows, cols in ((3, 6), (3, 6), (6, 3))]
+        shelf.put(0, expert, ExpertView(*matrices))
+    assert stack.climb(0, x, normed, [cache.place(0)], *turn, shelf, ids, shares) == 1
+    with pytest.raises(IndexError, match="no such place"):
+        shelf.put(0, 5, None)
+    with pytest.raises(ValueError, match="0 caches for layers 0 to 1"):
+        stack.climb(0, x, normed, [], *turn, shelf, ids, shares)
+    with pytest.raises(ValueError, match=r"int64 \(1, 2\)"):
+        stack.climb(0, x, normed, [cache.place(0)], *turn, shelf, ids[:, :1], shares)
+    small = [weights(rows, cols)[0] for rows, cols in ((3, 4), (3, 4), (4, 3))]
+    for expert in range(5):
+        shelf.put(0, expert, ExpertView(*small))
+    with pytest.raises(ValueError, match="do not fit their layer"):
+        stack.climb(0, x, normed, [cache.place(0)], *turn, shelf, ids, shares)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -36,6 +38,18 @@ def test_codes_mean_what_the_formats_say(level, format, group):
             same = (encode_int8 if format == "int8" else encode_int4)(w, group, scale_dtype="float16")
         assert (pack(same).dequantise() == same.dequantise()).all()
         assert (packed.dequantise() == same.dequantise()).all()
+
+
+@pytest.mark.parametrize(("format", "group"), CASES)
+def test_rows_taken_are_those_of_the_matrix(level, format, group):
+    w = np.random.default_rng(0).standard_normal((37, 2 * group)).astype(np.float32)
+    whole, ids = quantise(w, format, group), np.array([36, 0, 5, 5, 16])
+    for planes in range(1, len(whole.parts) + 1):
+        packed = replace(whole, parts=whole.parts[:planes])
+        taken = packed.take(ids, np.empty((5, 2 * group), np.float32))
+        np.testing.assert_array_equal(taken, packed.dequantise()[ids])
+    with pytest.raises(IndexError, match="of 37"):
+        whole.take(np.array([37]), np.empty((1, 2 * group), np.float32))
 
 
 @pytest.mark.parametrize(("format", "group"), CASES)

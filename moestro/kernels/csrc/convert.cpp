@@ -53,13 +53,7 @@ void to_f32(const uint16_t* values, float* out, int64_t count, bool half, int th
 
 void to_bf16(const float* values, uint16_t* out, int64_t count, int threads) {
     parallel(threads, count, 1 << 16, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            uint32_t bits;
-            std::memcpy(&bits, values + i, 4);
-            const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-            const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-            out[i] = static_cast<uint16_t>(nan ? (bits >> 16 | 0x40u) : rounded);
-        }
+        for (int64_t i = begin; i < end; ++i) out[i] = to_bf16_bits(values[i]);
     });
 }
 

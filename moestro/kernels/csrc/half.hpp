@@ -39,8 +39,8 @@ inline uint16_t to_half(float value) {  // nearest, ties to even
 inline uint16_t to_bf16_bits(float value) {  // nearest, ties to even; not-a-number stays one
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
-    if (std::isnan(value)) return static_cast<uint16_t>(bits >> 16 | 0x40u);
-    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;  // no branch, so it vectorises
+    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded);
 }
 
 }  // namespace moestro

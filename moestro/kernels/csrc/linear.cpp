@@ -17,7 +17,7 @@ namespace moestro {
 namespace {
 
 constexpr int64_t TASK_BYTES = 512 << 10;  // weights of one task: shorter runs lose memory rate at their seams
-constexpr int64_t ALONE = 1 << 19;  // multiply-adds below which waking a thread costs more than it gives
+constexpr int64_t ALONE = 1 << 17;  // multiply-adds below which waking a thread costs more than it gives
 
 int64_t row_bytes(const MatrixRef& w) {
     static const int bits[] = {32, 16, 16, 8, 4, 4, 4};

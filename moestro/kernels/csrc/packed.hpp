@@ -68,6 +68,9 @@ void pack_tiles(const MatrixRef& to, const uint8_t* codes, const uint8_t* scales
 // False when a scale is not finite.
 bool quantise_tiles(const MatrixRef& to, const float* w, int threads);
 
+// One row in float32, what the planes' values add up to.
+void unpack_row(const MatrixRef& w, int64_t row, float* out);
+
 // Whether a level gives the scalar level's bits on a small matrix of every format.
 bool agrees_with_scalar(const PackedLevel& level);
 

@@ -124,6 +124,54 @@ void round(const float* x, int64_t blocks, int8_t* codes, float* scales, int32_t
 #include "packed_tile.hpp"
 
 namespace moestro {
+namespace {
+
+template <Format F>
+Ints codes_of(const Bytes& w, int input) {
+    using Code = std::conditional_t<F == Format::tiles_int8, int8_t, uint8_t>;
+    return D::each<Ints>([&](int i) { return static_cast<Code>(w.v[4 * i + input]); });
+}
+
+// A row of a tile: the product with each input alone.
+template <Format F, int EXTRA = 0>
+void unpack(const MatrixRef& w, int64_t row, float* out) {
+    using S = Streams<F, EXTRA>;
+    S s(w, row / TILE);
+    const Ints one = D::set(int32_t{1});
+    const Floats by = D::set(1.0f), zero = D::set(0.0f);
+    for (int64_t unit_number = 0; unit_number < w.cols / w.group; ++unit_number) {
+        const Unit<F> unit(s.p);
+        const Unit<S::SIGN> third(EXTRA > 0 ? s.q[0] : s.p), fourth(EXTRA > 1 ? s.q[1] : s.p);
+        s.head();
+        for (int step = 0; step < w.group / STEP; ++step, s.step())
+            for (int j = 0; j < WORDS; ++j)
+                for (int input = 0; input < 4; ++input) {
+                    Floats value = unit.added(codes_of<F>(word<F>(s.p, 0, j), input), one, by, 0, zero);
+                    if constexpr (EXTRA > 0) value = third.added(codes_of<S::SIGN>(word<S::SIGN>(s.q[0], 0, j), input), one, by, 0, value);
+                    if constexpr (EXTRA > 1) value = fourth.added(codes_of<S::SIGN>(word<S::SIGN>(s.q[1], 0, j), input), one, by, 0, value);
+                    *out++ = value.v[row % TILE];
+                }
+    }
+}
+
+}  // namespace
+
+void unpack_row(const MatrixRef& w, int64_t row, float* out) {
+    switch (w.format) {
+        case Format::tiles_int8: return unpack<Format::tiles_int8>(w, row, out);
+        case Format::tiles_int4: return unpack<Format::tiles_int4>(w, row, out);
+        case Format::tiles_int3: return unpack<Format::tiles_int3>(w, row, out);
+        case Format::tiles_int2: return unpack<Format::tiles_int2>(w, row, out);
+        case Format::tiles_mxfp4: return unpack<Format::tiles_mxfp4>(w, row, out);
+        case Format::tiles_nested:
+            if (w.fourth) return unpack<Format::tiles_nested, 2>(w, row, out);
+            if (w.third) return unpack<Format::tiles_nested, 1>(w, row, out);
+            return unpack<Format::tiles_nested, 0>(w, row, out);
+        case Format::tiles_uint4: return unpack<Format::tiles_uint4>(w, row, out);
+        default: return;
+    }
+}
+
 const PackedLevel* packed_scalar() {
     static const PackedLevel level{"scalar", product, round};
     return &level;

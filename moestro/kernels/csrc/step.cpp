@@ -1,11 +1,13 @@
 #include "step.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 
 #include "half.hpp"
 #include "kernels.hpp"
+#include "packed.hpp"
 
 namespace moestro {
 namespace {
@@ -64,6 +66,10 @@ void run_experts(const float* x, int64_t width, const std::vector<const Expert*>
     grouped_ffn({x, width * 4, rows.data(), starts.data(), experts, activation, limit, alpha, out, width * 4, nullptr, threads});
 }
 
+uint8_t* cache_row(const Cache& cache, int64_t head, int64_t at) {
+    return const_cast<uint8_t*>(cache.data) + head * cache.head_stride + at * cache.stride;
+}
+
 }  // namespace
 
 void store_row(const float* from, int64_t width, Format format, void* to) {
@@ -86,6 +92,9 @@ void before_experts(const LayerPlan& plan, float* x, float* normed, const CacheP
     float* q = own(room, 2 * asked + 2 * kept + plan.width + 2 * experts);
     float *k = q + asked, *v = k + kept, *seen = v + kept, *y = seen + asked, *scores = y + plan.width;
     linears(normed, 0, 1, {job(a.q, q), job(a.k, k), job(a.v, v)}, threads);
+    for (int64_t head = 0; head < a.shared; ++head)  // each head's row is on a page of its own, long out of the caches
+        for (const Cache* cache : {&place.keys, &place.values})
+            for (int64_t byte = 0; byte < a.width * (cache->format == Format::f32 ? 4 : 2); byte += 64) __builtin_prefetch(cache_row(*cache, head, place.at) + byte, 1);
     if (a.q_norm) norm(plan, a.q_norm, q, a.norm_heads ? a.heads : 1, a.norm_heads ? a.width : asked);
     if (a.k_norm) norm(plan, a.k_norm, k, a.norm_heads ? a.shared : 1, a.norm_heads ? a.width : kept);
     if (a.clip > 0)
@@ -95,8 +104,7 @@ void before_experts(const LayerPlan& plan, float* x, float* normed, const CacheP
     rotate(one_row(k, a.width), c, 0, s, 0, 1, a.shared, rotated / 2, a.interleaved);
     for (int64_t head = 0; head < a.shared; ++head)
         for (const auto& [cache, row] : {std::pair{&place.keys, k}, std::pair{&place.values, v}})
-            store_row(row + head * a.width, a.width, cache->format,
-                      const_cast<uint8_t*>(cache->data) + head * cache->head_stride + place.at * cache->stride);
+            store_row(row + head * a.width, a.width, cache->format, cache_row(*cache, head, place.at));
     const int64_t length = place.at + 1;
     attend({one_row(q, a.width), one_row(seen, a.width), place.keys, place.values, 1, a.heads, a.shared, &length, a.scale, a.window,
             a.sinks, 0.0f, threads});
@@ -132,6 +140,35 @@ void after_choice(const LayerPlan& plan, float* x, float* normed, const std::vec
             for (int64_t d = 0; d < width; ++d) total[d] = dense[d] + total[d];
     }
     add(plan, plan.next_norm, x, count ? total : dense, normed);
+}
+
+int64_t climb(const std::vector<Storey>& storeys, int64_t first, float* x, float* normed, const std::vector<CachePlace>& places,
+              const float* cos, const float* sin, int64_t rotated, const Shelf& shelf, int64_t* ids, float* weights, int64_t slots,
+              int threads, Spent& spent) {
+    const auto now = [] { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); };
+    std::vector<const Expert*> chosen;
+    double began = now();
+    const auto count = static_cast<int64_t>(storeys.size());
+    for (int64_t i = first; i < count; ++i) {
+        const Storey& at = storeys[static_cast<size_t>(i)];
+        int64_t* mine = ids + i * slots;
+        float* shares = weights + i * slots;
+        before_experts(*at.plan, x, normed, places[static_cast<size_t>(i - first)], cos, sin, rotated, mine, shares, threads);
+        const double between = now();
+        spent.before += between - began;
+        chosen.clear();
+        for (int64_t k = 0; at.plan->router && k < at.plan->router->chosen; ++k) {
+            const Expert* expert = shares[k] == 0.0f ? nullptr : shelf.find(at.shelf, mine[k]);
+            if (!expert) return i;
+            if (expert->up.cols != at.plan->width || in_tiles(expert->up.format) != in_tiles((chosen.empty() ? expert : chosen[0])->up.format))
+                throw std::invalid_argument("experts on the shelf do not fit their layer");
+            chosen.push_back(expert);
+        }
+        after_choice(*at.plan, x, normed, chosen, shares, threads);
+        began = now();
+        spent.after += began - between;
+    }
+    return count;
 }
 
 }  // namespace moestro

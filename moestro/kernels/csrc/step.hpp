@@ -1,7 +1,9 @@
-// One row through one decoder layer in two calls, made of the other kernels: what lies before the choice of experts, and what after.
+// One row through decoder layers, made of the other kernels: what lies before the choice of experts, what after, and both in turns as
+// long as the chosen experts are in memory.
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 #include "trunk.hpp"
@@ -65,6 +67,37 @@ void before_experts(const LayerPlan& plan, float* x, float* normed, const CacheP
 // experts: in the order of the weights; none without a router.
 void after_choice(const LayerPlan& plan, float* x, float* normed, const std::vector<const Expert*>& experts, const float* weights,
                   int threads);
+
+// Where experts lie in memory, by layer and number; null: not in memory. The weights are their owner's.
+class Shelf {
+public:
+    Shelf(int64_t layers, int64_t experts) : experts_(experts), at_(static_cast<size_t>(layers * experts), nullptr) {}
+    void put(int64_t layer, int64_t expert, const Expert* at) { place(layer, expert) = at; }
+    const Expert* find(int64_t layer, int64_t expert) const { return const_cast<Shelf*>(this)->place(layer, expert); }
+
+private:
+    const Expert*& place(int64_t layer, int64_t expert) {
+        if (layer < 0 || expert < 0 || expert >= experts_) throw std::out_of_range("no such place on the shelf");
+        return at_.at(static_cast<size_t>(layer * experts_ + expert));
+    }
+    int64_t experts_;
+    std::vector<const Expert*> at_;
+};
+
+struct Spent {  // seconds, so far
+    double before = 0, after = 0;
+};
+
+struct Storey {  // a layer of a stack, and which layer of the shelf its experts are in
+    const LayerPlan* plan;
+    int64_t shelf;
+};
+
+// Layers from `first` on; places, ids and weights (`slots` each) are by layer. Returns the layer whose choice is made but whose experts
+// are not all in memory, or have a weight of nothing; else the number of layers.
+int64_t climb(const std::vector<Storey>& storeys, int64_t first, float* x, float* normed, const std::vector<CachePlace>& places,
+              const float* cos, const float* sin, int64_t rotated, const Shelf& shelf, int64_t* ids, float* weights, int64_t slots,
+              int threads, Spent& spent);
 
 // Rounds float32 to a cache's format.
 void store_row(const float* from, int64_t width, Format format, void* to);

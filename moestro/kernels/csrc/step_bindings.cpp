@@ -5,6 +5,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <memory>
 #include <stdexcept>
 
 #include "packed.hpp"
@@ -100,12 +102,65 @@ void call_after(const LayerPlan& plan, nb::handle x_object, nb::handle normed_ob
     after_choice(plan, x.data<float>(), normed.data<float>(), chosen, weights.data<const float>(), threads);
 }
 
+struct Stack {
+    std::vector<Storey> storeys;
+    int64_t slots = 0;  // of the layer with the most
+    Spent spent;
+};
+
+void make_stack(Stack* self, const std::vector<const LayerPlan*>& plans, const std::vector<int64_t>& shelves) {
+    if (plans.size() != shelves.size()) throw std::invalid_argument("each layer has a place on the shelf");
+    new (self) Stack;
+    for (size_t i = 0; i < plans.size(); ++i) {
+        self->storeys.push_back({plans[i], shelves[i]});
+        if (plans[i]->router) self->slots = std::max(self->slots, plans[i]->router->chosen);
+    }
+}
+
+int64_t call_climb(Stack& stack, int64_t first, nb::handle x_object, nb::handle normed_object, nb::list rooms, nb::handle cos_object,
+                   nb::handle sin_object, const Shelf& shelf, nb::handle ids_object, nb::handle weights_object, int threads) {
+    const auto layers = static_cast<int64_t>(stack.storeys.size());
+    if (first < 0 || first >= layers || static_cast<int64_t>(rooms.size()) != layers - first)
+        throw std::invalid_argument(std::to_string(rooms.size()) + " caches for layers " + std::to_string(first) + " to " + std::to_string(layers));
+    const View x(x_object, "x", true), normed(normed_object, "normed", true), cos(cos_object, "cos"), sin(sin_object, "sin"),
+        ids(ids_object, "ids", true), weights(weights_object, "weights", true);
+    const int64_t width = stack.storeys.front().plan->width, rotated = cos.axes() == 2 ? cos.size(1) : -1;
+    x.need('f', {1, width}, "float32");
+    normed.need('f', {1, width}, "float32");
+    cos.need('f', {1, rotated}, "float32");
+    sin.need('f', {1, rotated}, "float32");
+    ids.need('l', {layers, stack.slots}, "int64");
+    weights.need('f', {layers, stack.slots}, "float32");
+    if (stack.slots && layers > 1 && (ids.stride(0) != stack.slots * 8 || weights.stride(0) != stack.slots * 4))
+        ids.refuse("rows without gaps");
+    std::vector<std::unique_ptr<View>> held;
+    std::vector<CachePlace> places;
+    for (int64_t i = first; i < layers; ++i) {
+        const LayerPlan& plan = *stack.storeys[static_cast<size_t>(i)].plan;
+        if (plan.width != width || rotated % 2 || rotated > plan.attention.width) throw std::invalid_argument("layers of one width, turned alike");
+        const auto [keys, values, at] = nb::cast<std::tuple<nb::object, nb::object, int64_t>>(rooms[static_cast<size_t>(i - first)]);
+        held.push_back(std::make_unique<View>(keys, "keys", true));
+        held.push_back(std::make_unique<View>(values, "values", true));
+        places.push_back({room(*held[held.size() - 2], plan.attention, at), room(*held.back(), plan.attention, at), at});
+    }
+    MaybeUnlocked unlocked(true);
+    return climb(stack.storeys, first, x.data<float>(), normed.data<float>(), places, cos.data<const float>(), sin.data<const float>(),
+                 rotated, shelf, ids.data<int64_t>(), weights.data<float>(), stack.slots, threads, stack.spent);
+}
+
 }  // namespace
 
 void bind_step(nb::module_& m) {
     nb::class_<LayerPlan>(m, "LayerPlan")
         .def("__init__", &make, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());
+    nb::class_<Shelf>(m, "Shelf")
+        .def(nb::init<int64_t, int64_t>())
+        .def("put", &Shelf::put, nb::arg(), nb::arg(), nb::arg().none());
+    nb::class_<Stack>(m, "Stack").def("__init__", &make_stack).def_prop_ro("spent", [](const Stack& s) {
+        return std::make_tuple(s.spent.before, s.spent.after);
+    });
     m.def("before_experts", &call_before);
+    m.def("climb", &call_climb);
     m.def("after_choice", &call_after);
 }
 

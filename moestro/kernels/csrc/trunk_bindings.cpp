@@ -68,6 +68,18 @@ void linear_many(nb::handle x_object, nb::list weights, nb::list outs, nb::list 
     call_linears(x, jobs, threads);
 }
 
+void call_unpack_rows(const MatrixRef& weight, nb::handle ids_object, nb::handle out_object) {
+    const View ids(ids_object, "ids"), out(out_object, "out", true);
+    if (ids.type() != 'l' || ids.axes() != 1) ids.refuse("int64 (N)");
+    out.need('f', {ids.size(0), weight.cols}, "float32");
+    if (!in_tiles(weight.format)) throw std::invalid_argument("these weights are not in tiles");
+    for (int64_t n = 0; n < ids.size(0); ++n) {
+        const int64_t row = *reinterpret_cast<const int64_t*>(ids.data<const char>() + n * ids.stride(0));
+        if (row < 0 || row >= weight.rows) throw std::out_of_range("row " + std::to_string(row) + " of " + std::to_string(weight.rows));
+        unpack_row(weight, row, reinterpret_cast<float*>(out.data<char>() + n * out.stride(0)));
+    }
+}
+
 Rows3 rows3(const View& v) {  // two axes: every row is a token of one head
     return {v.data<char>(), v.stride(0), v.axes() == 3 ? v.stride(1) : 0};
 }
@@ -185,6 +197,7 @@ void bind_trunk(nb::module_& m) {
     nb::class_<MatrixRef>(m, "Matrix").def("__init__", [](MatrixRef* self, const PackedMatrix& p) {
         new (self) MatrixRef(matrix_of(p));
     });
+    m.def("unpack_rows", &call_unpack_rows);
     m.def("linear", &linear_one, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
     m.def("linears", &linear_many);
     m.def("rms_norm", [](nb::handle x, nb::handle weight, float eps, nb::handle out, bool plus_one) {

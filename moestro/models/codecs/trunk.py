@@ -72,15 +72,6 @@ def encoded_bytes(name: str, shape: tuple[int, ...], pieces: int, codec: Codec) 
     return pieces * sum(part_sizes(shape[0] // pieces, shape[1], codec.format, codec.group))
 
 
-def rows_of(matrix: Packed, ids_N: np.ndarray, out_NC: np.ndarray) -> np.ndarray:
-    """out_NC: float32 rows of a packed matrix, by dequantising the tiles that hold them."""
-    tiles, back_N = np.unique(ids_N // TILE, return_inverse=True)
-    parts = tuple(np.ascontiguousarray(part.reshape(-(-matrix.rows // TILE), -1)[tiles]).reshape(-1) for part in matrix.parts)
-    values = Packed(parts, matrix.format, matrix.group, len(tiles) * TILE, matrix.cols).dequantise()
-    np.take(values, back_N * TILE + ids_N % TILE, axis=0, out=out_NC)
-    return out_NC
-
-
 def same_bytes(checkpoint: Checkpoint, a: str, b: str) -> bool:
     """Whether two tensors on disk are of one dtype and shape and hold the same bytes. Raises CheckpointError."""
     one, two = checkpoint.ref(a), checkpoint.ref(b)

@@ -14,7 +14,7 @@ from moestro.kernels.reader import aligned
 from moestro.models.checkpoint import NUMPY, Checkpoint, check_finite
 from moestro.models.codecs.coded import is_coded, read_coded, rows_in
 from moestro.models.codecs.encode import Codec
-from moestro.models.codecs.trunk import PackedTrunk, encode_rows, encoded_bytes, rows_of, same_bytes
+from moestro.models.codecs.trunk import PackedTrunk, encode_rows, encoded_bytes, same_bytes
 from moestro.models.native.decoder import Attention, Decoder, Linear
 
 FORMATS = {"float32": "f32", "float16": "f16", "uint16": "bf16"}
@@ -145,7 +145,7 @@ class Weights:
 def embed(embedding: Matrix | Packed, token_N: np.ndarray, out_ND: np.ndarray) -> np.ndarray:
     """The tokens' rows in float32."""
     if isinstance(embedding, Packed):
-        return rows_of(embedding, token_N, out_ND)
+        return embedding.take(token_N, out_ND)
     return to_f32(embedding.data[token_N], out_ND)
 
 
