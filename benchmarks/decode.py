@@ -3,7 +3,7 @@
     python benchmarks/decode.py                     7 B parameters: 14 GB of files to make once, 10 GB of memory
     python benchmarks/decode.py --scale 0.02        a quick look (the results then go to the work folder)
 
-Both programs stay loaded and take turns on the same tokens; the memory's rate is probed before and after each turn. `busy` is the
+Both programs stay loaded and take turns on the same tokens; the memory's rate is probed between steps, so that both see the same machine. `busy` is the
 same with one computing process beside them. The expert kernel alone runs one token through the chosen experts of one layer.
 """
 
@@ -33,11 +33,10 @@ LOCALITIES = ("chain", "uniform")
 PROMISES = {"times_llama.cpp": 1.4, "share_of_bound": 0.85, "kernel_share": 0.93, "kept_when_busy": 0.60}
 
 
-def turn(who: Running, ids: list[int], prompt: int, threads: int) -> dict[str, Any]:
-    """One sequence decoded, with the memory's rate beside it."""
-    before = programs.memory_rate(threads)
-    result = who.turn(ids[:prompt], ids[prompt:])
-    rate = programs.beside(before, programs.memory_rate(threads))
+def turn(who: Running, ids: list[int], prompt: int) -> dict[str, Any]:
+    """One sequence decoded, with the memory's rate between its steps."""
+    result = who.turn(ids[:prompt], ids[prompt:], probes=True)
+    rate = statistics.median(result["memory_rates"])
     seconds = result["decode_seconds"]
     cpu = result["kernel"]["decode"]
     return {
@@ -80,10 +79,10 @@ def one_round(number: int, contenders: list[programs.Program], shape: shapes.Sha
             ids = shapes.prompt(shape, locality, args.prompt + args.decode, number * args.pairs + pair)
             said = {"round": number, "pair": pair, "locality": locality}
             for who in order:
-                runs.append({**said, "busy": False, **turn(who, ids, args.prompt, args.threads)})
+                runs.append({**said, "busy": False, **turn(who, ids, args.prompt)})
                 with programs.busy_process():
                     time.sleep(0.2)
-                    runs.append({**said, "busy": True, **turn(who, ids, args.prompt, args.threads)})
+                    runs.append({**said, "busy": True, **turn(who, ids, args.prompt)})
             alone = [r for r in runs[-4:] if not r["busy"]]
             say(
                 f"  round {number + 1} pair {pair + 1}: "

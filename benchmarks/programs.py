@@ -59,11 +59,14 @@ class Running:
             self.close()
             raise
 
-    def turn(self, prompt: Sequence[int], forced: Sequence[int] = (), seconds: float = 600) -> dict[str, Any]:
+    def turn(
+        self, prompt: Sequence[int], forced: Sequence[int] = (), seconds: float = 600, probes: bool = False
+    ) -> dict[str, Any]:
         """What session.play says of this sequence."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # the answer below tells why
-            self._process.stdin.write(json.dumps({"prompt": list(prompt), "forced": list(forced), "seconds": seconds}) + "\n")
+            said = {"prompt": list(prompt), "forced": list(forced), "seconds": seconds, "probes": probes}
+            self._process.stdin.write(json.dumps(said) + "\n")
             self._process.stdin.flush()
         return self._answer()
 

@@ -3,7 +3,7 @@
 A runner gives `main` a function that loads the model and returns a Stepper; everything that is counted is counted here, the same
 way for every program. The specification is the JSON in argv[1], with the fields model, threads, memory (bytes or null), context
 (tokens), options (the runner's own) and `turn`: {prompt: ids, forced: ids fed one by one after it, seconds: decoding stops early after
-that long}. Without `turn` the child stays and takes turns from its standard input, one JSON object a line.
+that long, probes: whether the memory's rate is probed between steps}. Without `turn` the child stays and takes turns from its standard input, one JSON object a line.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+
+EVERY, PROBED = 3, 32 << 20  # steps between two probes; bytes of one
 
 
 class Stepper(Protocol):
@@ -58,6 +60,26 @@ def resident() -> dict[str, int]:
     return {name: int(table[key].split()[0]) * 1024 for name, key in (("anonymous", "RssAnon"), ("file", "RssFile"))}
 
 
+class Probe:
+    """Reads as much memory as fits no cache, as a decode step does, between two of them. rates: bytes per second. spent: CPU seconds."""
+
+    def __init__(self, threads: int) -> None:
+        from moestro.kernels.reader import aligned
+
+        self.threads, self.rates, self.spent, self._at = threads, [], {}, 0
+        self._buffer = aligned(8 * PROBED)
+        self._buffer[::2048] = 1
+
+    def take(self) -> None:
+        from moestro.kernels.bandwidth import one_pass
+
+        before = counters()
+        self.rates.append(one_pass(self._buffer[self._at : self._at + PROBED], self.threads))
+        self._at = (self._at + PROBED) % len(self._buffer)
+        for name, value in _since(counters(), before).items():
+            self.spent[name] = self.spent.get(name, 0.0) + value
+
+
 def _since(after: dict[str, float], before: dict[str, float]) -> dict[str, float]:
     return {k: after[k] - before[k] for k in after}
 
@@ -72,8 +94,11 @@ def play(stepper: Stepper, turn: dict[str, Any]) -> dict[str, Any]:
     marks.append(counters())
     stats.append(stepper.stats())
     times: list[float] = []
+    probe = Probe(len(os.sched_getaffinity(0))) if turn.get("probes") else None
     started = time.perf_counter()
-    for token in turn["forced"]:
+    for number, token in enumerate(turn["forced"]):
+        if probe and number % EVERY == 0:
+            probe.take()
         began = time.perf_counter()
         answer.append(stepper.feed([token]))
         times.append(time.perf_counter() - began)
@@ -82,12 +107,15 @@ def play(stepper: Stepper, turn: dict[str, Any]) -> dict[str, Any]:
     marks.append(counters())
     stats.append(stepper.stats())
     phases = dict(zip(("prefill", "decode"), (_since(b, a) for a, b in itertools.pairwise(marks)), strict=True))
+    if probe:
+        phases["decode"] = {k: v - probe.spent.get(k, 0.0) for k, v in phases["decode"].items()}
     follows = [a == b for a, b in zip(answer, turn["forced"])]
     return {
         "prefill_seconds": prefill_seconds,
         "prefill_tokens": len(turn["prompt"]),
         "decode_seconds": times,
         "kernel": phases,
+        "memory_rates": probe.rates if probe else [],
         "resident": resident(),
         "engine": dict(zip(("load", "prefill", "decode"), stats, strict=True)),
         "answer": answer,
