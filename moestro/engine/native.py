@@ -209,8 +209,8 @@ class NativeTrunk:
             x_ND *= np.float32(decoder.embedding_scale)
         normed_ND, y_ND = step.scratch.take("normed", rows, width), step.scratch.take("y", rows, width)
         rms_norm(x_ND, self._layers[0].input_norm, decoder.eps, out_TD=normed_ND)
-        alone = self.resident is not None and self.watch is None and rows == len(step.sequences) == 1
-        if alone and self.stack is not None and (shelf := self.resident.shelf()) is not None:
+        alone = self.watch is None and rows == len(step.sequences) == 1
+        if alone and self.stack is not None and self.resident is not None and (shelf := self.resident.shelf()) is not None:
             self._climb(self.stack, shelf, x_ND, normed_ND, step, y_ND)
             return normed_ND
         for index, (layer, norm) in enumerate(zip(self._layers, self._following, strict=True)):
