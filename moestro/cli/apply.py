@@ -41,19 +41,18 @@ def apply(
 
     A compression plan writes a new model folder. --codec and --trunk-codec are used instead of a residency plan's.
     """
-    from moestro.cli import bits, compress
+    from moestro.cli import compress
     from moestro.cli.errors import bad_argument
     from moestro.core.errors import PlanError
     from moestro.core.plan import read_plan
-    from moestro.core.plans.compression import STORED, CompressionPlan
+    from moestro.core.plans.compression import CompressionPlan
     from moestro.core.plans.residency import ResidencyPlan
 
     read = read_plan(plan)
     if isinstance(read, CompressionPlan):
         if codec is not None or trunk_codec is not None:
             bad_argument("--codec and --trunk-codec are for residency plans", "a plan that says its codecs itself")
-        verb = bits if any(e.codec != STORED for e in read.encodings) else compress
-        verb.apply(read, output, model, profile, quiet, as_json)
+        compress.apply(read, output, model, profile, quiet, as_json)
         return
     if profile is not None:
         bad_argument("--profile is for compression plans", "none")

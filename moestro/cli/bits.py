@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from moestro.cli.arguments import Json, Model, Quiet, Revision, method_choice, with_revision
-from moestro.cli.output import emit, progress, say, size
-
-if TYPE_CHECKING:
-    from moestro.core.plans.compression import CompressionPlan
+from moestro.cli.output import emit, progress, say
 
 EPILOG = """Examples:
 
@@ -19,11 +16,13 @@ EPILOG = """Examples:
   moestro profile ./model book.txt --probe inputs -o book.profile
   moestro plan bits ./model --method gptq --codec uint4:64 --profile book.profile --trunk int8:32 --ends int8:32 -o plan.json
   moestro plan bits ./model --codec int2:128,int3:128,int4:128 --bits 2.5 --budget mc_moe --profile book.profile --trunk int8:32 --ends int8:32 -o plan.json
+  moestro plan bits ./model --method gptq --codec int4:64 --smooth eaquant --profile book.profile --allow-plain -o plan.json
   moestro apply plan.json -o ./small
   moestro run ./small "Hello"
 
 Matrices that would stay as they are stored make the exit code 1, unless --allow-plain is given, and so do experts that no token of the
-profile was routed to, unless --allow-unseen is; the plan is written in any case. Norms and routers always stay as they are."""
+profile was routed to, unless --allow-unseen is; the plan is written in any case. Norms keep their numbers but for the powers of two of
+--smooth; routers stay as they are without --router."""
 
 
 def bits(
@@ -40,6 +39,20 @@ def bits(
     budget: Annotated[
         str, typer.Option(metavar="NAME[:OPTION=VALUE,...]", help="What chooses between codecs (moestro methods --kind bits).")
     ] = "mc_moe",
+    smooth: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[:OPTION=VALUE,...]", help="Rescale inputs first (moestro methods --kind smooth).", show_default=False
+        ),
+    ] = "",
+    router: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[:OPTION=VALUE,...]",
+            help="Round routers too (moestro methods --kind encode_router).",
+            show_default=False,
+        ),
+    ] = "",
     trunk: Annotated[str, typer.Option(metavar="CODEC", help="Of attention, shared experts and dense layers.")] = "stored",
     ends: Annotated[str, typer.Option(metavar="CODEC", help="Of the embedding and the output layer.")] = "stored",
     profile: Annotated[
@@ -60,29 +73,24 @@ def bits(
     as_json: Json = False,
 ) -> int:
     """Decide in how many bits weights are kept. Changes nothing yet."""
+    from moestro.cli.compress import read_compression, read_profile
     from moestro.compress.bits import BitsWish, plan_bits
-    from moestro.core.errors import PlanError
-    from moestro.core.plan import read_plan
-    from moestro.core.plans.compression import CompressionPlan
     from moestro.models.checkpoint import Checkpoint
     from moestro.models.families import describe
-    from moestro.profile.profile import Profile
 
     name, options = method_choice(method)
     chooser, chooser_options = method_choice(budget)
-    wish = BitsWish(name, tuple(codec.split(",")), options, bits, chooser, chooser_options, trunk, ends)
-    base = read_plan(after) if after is not None else None
-    if base is not None and not isinstance(base, CompressionPlan):
-        raise PlanError(f"{after} is a {base.kind} plan", expected="a compression plan")
+    rescaling, rounding = method_choice(smooth), method_choice(router)
+    wish = BitsWish(name, tuple(codec.split(",")), options, bits, chooser, chooser_options, trunk, ends, *rescaling, *rounding)
     checkpoint = Checkpoint.open(with_revision(model, revision))
     with progress("planning", "layers", quiet or as_json) as report:
         found = plan_bits(
             checkpoint,
             describe(checkpoint),
             wish,
-            profile=None if profile is None else Profile.open(profile),
+            profile=read_profile(profile),
             profile_path=str(profile or ""),
-            base=base,
+            base=read_compression(after) if after is not None else None,
             progress=report,
         )
     if output is not None:
@@ -98,33 +106,3 @@ def bits(
     if found.plain and not allow_plain:
         say(f"{len(found.plain)} matrices stay as they are stored; give --trunk and --ends a codec, or allow it: --allow-plain")
     return 1 if (found.unseen and not allow_unseen) or (found.plain and not allow_plain) else 0
-
-
-def apply(plan: CompressionPlan, output: Path, model: str | None, profile: Path | None, quiet: bool, as_json: bool) -> None:
-    """Write the coded model that a plan with codecs describes, and say what came out."""
-    from moestro.compress.encoding import Encoder
-    from moestro.compress.executor import compress
-    from moestro.compress.export.coded import CodedJob
-    from moestro.core.errors import PlanError
-    from moestro.models.checkpoint import Checkpoint
-    from moestro.models.families import describe
-    from moestro.profile.profile import Profile
-
-    checkpoint = Checkpoint.open(model or plan.subjects[0].path)
-    layout = describe(checkpoint)
-    file = profile or plan.profile
-    seen = Profile.open(file) if file else None
-    if seen is not None and seen.data != plan.inputs.get("profile"):
-        raise PlanError(f"{file} is of another text than the plan was made from", fix="name that one with --profile")
-    with progress("writing", "layers", quiet or as_json) as report:
-        encoder = Encoder(plan, layout.facts, seen)
-        try:
-            made = compress(plan, checkpoint, layout, output, encoder=encoder, form=CodedJob, progress=report)
-        except KeyboardInterrupt:
-            say("writing was interrupted; the same command continues where it stopped")
-            raise
-    done = {"output": str(output), "experts": plan.experts, "bytes_before": made.bytes_before, "bytes_after": made.bytes_after}
-    if as_json:
-        emit(done | {"dropped": list(made.dropped)})
-    else:
-        print(f"{output}: {plan.experts} experts per layer in tiles, {size(made.bytes_after)} of {size(made.bytes_before)}")

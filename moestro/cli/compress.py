@@ -161,9 +161,9 @@ def apply(plan: CompressionPlan, output: Path, model: str | None, profile: Path 
                 "the profile is of another text than the one the plan was made from", fix="name that one with --profile"
             )
     encoder = Encoder(plan, layout.facts, seen)
+    form = CodedJob if any(e.codec != STORED for e in plan.encodings) else None
     with progress("writing", "layers", quiet or as_json) as report:
         try:
-            form = CodedJob if any(e.codec != STORED for e in plan.encodings) else None
             made = compress(plan, checkpoint, layout, output, encoder=encoder, form=form, progress=report)
         except KeyboardInterrupt:
             say("writing was interrupted; the same command continues where it stopped")
@@ -180,4 +180,5 @@ def apply(plan: CompressionPlan, output: Path, model: str | None, profile: Path 
         return
     if made.dropped and not quiet:
         say(f"left out, as the plan allows: {', '.join(made.dropped[:3])}" + (" and more" if len(made.dropped) > 3 else ""))
-    print(f"{output}: {plan.experts} experts per layer, {size(made.bytes_after)} of {size(made.bytes_before)}")
+    tiles = " in tiles" if form is CodedJob else ""
+    print(f"{output}: {plan.experts} experts per layer{tiles}, {size(made.bytes_after)} of {size(made.bytes_before)}")

@@ -10,15 +10,17 @@ import numpy as np
 
 from moestro.compress.calibration import RARE, Calibration
 from moestro.compress.evidence import Progress, expert_size, measure
+from moestro.compress.smooth.smoothing import touched
 from moestro.compress.trunk import TrunkMatrices, trunk_matrices
 from moestro.core.errors import InputError
 from moestro.core.experts import ExpertKey, ExpertSpec
-from moestro.core.method import card_of, load
+from moestro.core.method import Card, card_of, load
 from moestro.core.plan import Subject
 from moestro.core.plans.compression import STORED, CompressionPlan, Encoding, LayerChange, Slot
 from moestro.models.checkpoint import Checkpoint
 from moestro.models.codecs.coded import coded_bytes
 from moestro.models.codecs.encode import parse_codec
+from moestro.models.families.resize import router_tensors
 from moestro.models.layout import Layout
 from moestro.profile.profile import Profile
 
@@ -96,6 +98,7 @@ class BitsWish:
 
     bits: average bits of an expert's weight, scales included, where there are several; budget: what chooses, with options.
     trunk, ends: codecs of the trunk's inner matrices and of embedding and head, rounded to nearest; 'stored' leaves them.
+    smooth, router: methods of kind 'smooth' and 'encode_router' that come first, with options; '' for none.
     """
 
     method: str
@@ -106,6 +109,10 @@ class BitsWish:
     budget_options: Mapping[str, Any] = field(default_factory=dict)
     trunk: str = STORED
     ends: str = STORED
+    smooth: str = ""
+    smooth_options: Mapping[str, Any] = field(default_factory=dict)
+    router: str = ""
+    router_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +139,10 @@ def plan_bits(
     Raises InputError for a wish that cannot be fulfilled, ProfileError for a profile of another model or without inputs, PlanError
     when `base` is of another model.
     """
-    fn = load(wish.method, "encode")
-    card = card_of(fn)
-    if unknown := sorted(set(wish.options) - {o.name for o in card.options if o.name != "codec"}):
-        raise InputError(f"{card.name} has no option {unknown[0]!r}", expected=", ".join(o.name for o in card.options))
+    card = _known(wish.method, "encode", wish.options)
     given = Calibration(profile, layout.facts) if profile is not None and "kept_x_LND" in profile.arrays else None
-    if given is None and ("inputs" in card.needs or len(wish.codecs) > 1):
-        what = card.name if "inputs" in card.needs else "choosing bits"
+    if given is None and ("inputs" in card.needs or len(wish.codecs) > 1 or wish.smooth or wish.router):
+        what = card.name if "inputs" in card.needs else wish.smooth or wish.router or "choosing bits"
         raise InputError(
             f"{what} needs the inputs of the experts", fix="moestro profile MODEL DATA --probe inputs -o FILE, and --profile FILE"
         )
@@ -161,6 +165,7 @@ def plan_bits(
             "the average bits are " + ("not said" if wish.bits is None else "said, and there is one codec"),
             expected="several codecs with --bits, or one without",
         )
+    plan = _smoothed(plan, checkpoint, layout, wish)
     if wish.bits is None:
         plan = encode_experts(plan, layout, card.name, codecs[0], wish.options)
     else:
@@ -182,6 +187,38 @@ def plan_bits(
         text = f"{len(rare)} experts saw fewer than {RARE} of the kept tokens and are fitted to their layer's inputs for the most part: {some}"
         plan = replace(plan, stated=(*plan.stated, text + (", ..." if len(rare) > 8 else "")))
     return BitsPlan(plan, plain, tuple(key for key, n in rare.items() if n == 0))
+
+
+def _known(name: str, kind: str, options: Mapping[str, Any]) -> Card:
+    """The method's card. Raises InputError for an option that it does not have."""
+    card = card_of(load(name, kind))
+    if unknown := sorted(set(options) - {o.name for o in card.options if o.name != "codec"}):
+        raise InputError(f"{card.name} has no option {unknown[0]!r}", expected=", ".join(o.name for o in card.options))
+    return card
+
+
+def _smoothed(plan: CompressionPlan, checkpoint: Checkpoint, layout: Layout, wish: BitsWish) -> CompressionPlan:
+    """With what comes before rounding: scales of the layers' inputs, and routers on a grid."""
+    if wish.smooth:
+        card = _known(wish.smooth, "smooth", wish.smooth_options)
+        if wish.bits is not None:
+            raise InputError("bits are chosen by errors without smoothing", expected="one codec with --smooth, or no --smooth")
+        if any(s.encodings for la in plan.layers for s in la.slots):
+            raise InputError("the plan to start from encodes its experts already", fix="smooth in the first plan that encodes")
+        touched(checkpoint, layout)  # raises where it cannot be
+        plan = encode_experts(plan, layout, card.name, STORED, wish.smooth_options)
+        plan = replace(plan, options={**plan.options, "smooth": card.name})
+    if wish.router:
+        card = _known(wish.router, "encode_router", wish.router_options)
+        names = [n for la in plan.layers for n in router_tensors(checkpoint, layout, la.ordinal) if n.endswith("weight")]
+        encodings = (*plan.encodings, Encoding(card.name, STORED, dict(wish.router_options)))
+        plan = replace(
+            plan,
+            encodings=encodings,
+            tensors={**plan.tensors, **dict.fromkeys(names, (len(plan.encodings),))},
+            options={**plan.options, "router": card.name},
+        )
+    return plan
 
 
 def _mixed(

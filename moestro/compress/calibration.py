@@ -46,7 +46,7 @@ class Calibration:
 
     def __init__(self, profile: Profile, facts: ModelFacts, *, prior: int = PRIOR) -> None:
         profile.check_model(facts.fingerprint)
-        self.facts, self.prior = facts, prior
+        self.facts, self.prior, self._profile = facts, prior, profile
         self._arrays = tuple(profile.need("inputs", f"kept_{name}") for name in ("x_LND", "experts_LNK", "weights_LNK"))
         self._layer: tuple[int, LayerInputs, np.ndarray] | None = None
 
@@ -72,6 +72,21 @@ class Calibration:
         assert self._layer is not None
         spec = self.facts.layers[ordinal].spec
         return expert_inputs(seen.x_nD, seen.own(slot.sources), weights, spec, layer_DD=self._layer[2], prior=self.prior)
+
+    def scaled(self, ordinal: int, weights: ExpertWeights, rows_n: np.ndarray, scale_D: np.ndarray) -> Mapping[str, Inputs]:
+        """As a call, of chosen rows of the layer's tokens, divided by scale_D; the weights are for these."""
+        seen = self.layer(ordinal)
+        assert self._layer is not None
+        layer_DD, spec = self._layer[2] / np.outer(scale_D, scale_D), self.facts.layers[ordinal].spec
+        return expert_inputs(seen.x_nD / scale_D, rows_n, weights, spec, layer_DD=layer_DD, prior=self.prior)
+
+    def stream(self) -> dict[str, np.ndarray]:
+        """What the probe residual tells of each layer's experts beside the stream, as `BitsEvidence` names it; nothing without it."""
+        found = {name: self._profile.arrays.get(f"{name}_L") for name in ("turned", "turning", "output_norm", "stream_norm")}
+        if any(array is None for array in found.values()):
+            return {}
+        whole = {name: np.maximum(np.asarray(array, np.float64), 1e-30) for name, array in found.items()}
+        return {"turned_L": whole["turned"] / whole["turning"], "share_L": whole["output_norm"] / whole["stream_norm"]}
 
     def rare(self) -> dict[ExpertKey, int]:
         """Experts that saw fewer than RARE of the kept tokens, and how many: their fit leans on the whole layer's inputs."""

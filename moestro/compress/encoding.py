@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from moestro.compress.calibration import Calibration
+from moestro.compress.smooth.smoothing import Smoothing
 from moestro.compress.stats import LayerStats
 from moestro.core.errors import PlanError
 from moestro.core.experts import ExpertWeights
 from moestro.core.layer import ModelFacts
 from moestro.core.method import card_of, load
-from moestro.core.plans.compression import CompressionPlan, Slot
+from moestro.core.plans.compression import CompressionPlan, LayerChange, Slot
 from moestro.kernels.packed import Packed
 from moestro.profile.profile import Profile
 
@@ -27,6 +28,9 @@ class Encoder:
     **options), where norm_C is the length of each input over the tokens of the slot. Both give a new matrix of the same shape, plain or
     in tiles; where plain numbers are asked for, tiles become the numbers they stand for.
 
+    A method of kind 'smooth' rescales a whole layer before what comes after it: see `compress.smooth`. Experts then come out for inputs
+    in the new scale, so whoever writes them rescales the trunk's tensors that `smoothing` touches as well.
+
     profile: the statistics that 'sparsify' reads. given: the inputs that calibrated methods of kind 'encode' read; by default those
     that the profile kept.
     """
@@ -36,12 +40,15 @@ class Encoder:
     ) -> None:
         self.plan, self.facts, self.profile, self.given = plan, facts, profile, given
         self._methods = [load(e.method) for e in plan.encodings]
+        self._smoothed: dict[int, tuple[Smoothing, dict[Slot, int]]] = {}
         if given is None and profile is not None and "kept_x_LND" in profile.arrays:
             self.given = given = Calibration(profile, facts)
         self._kinds = [card_of(fn).kind for fn in self._methods]
         for encoding, kind, fn in zip(plan.encodings, self._kinds, self._methods, strict=True):
-            if kind not in ("encode", "sparsify"):
+            if kind not in ("encode", "encode_router", "sparsify", "smooth"):
                 raise PlanError(f"{encoding.method} is a method of kind {kind!r}", expected="one of kind 'encode' or 'sparsify'")
+            if kind in ("smooth", "encode_router") and not isinstance(given, Calibration):
+                raise PlanError(f"{encoding.method} reads inputs", fix="give a profile made with --probe inputs")
             if kind == "sparsify" and profile is None:
                 raise PlanError(f"{encoding.method} reads statistics", fix="give the profile with --profile")
             if kind == "encode" and given is None and "inputs" in card_of(fn).needs:
@@ -50,10 +57,50 @@ class Encoder:
                     fix="give a profile made with --probe inputs",
                 )
 
-    def prepare(self, ordinal: int) -> None:
-        """Read what all slots of a layer share, before they are encoded side by side."""
+    @property
+    def smooths(self) -> bool:
+        """Whether layers are rescaled."""
+        return "smooth" in self._kinds
+
+    def prepare(self, change: LayerChange, read: Callable[[Slot], ExpertWeights], router: Callable[[], np.ndarray]) -> None:
+        """Find what all slots of a layer share, before they are encoded side by side. read, router: the weights before any encoding."""
         if isinstance(self.given, Calibration):
-            self.given.layer(ordinal)
+            self.given.layer(change.ordinal)
+        self.smoothing(change, read, router)
+
+    def smoothing(
+        self, change: LayerChange, read: Callable[[Slot], ExpertWeights], router: Callable[[], np.ndarray]
+    ) -> Smoothing | None:
+        """How a layer is rescaled, found once. None when the plan does not smooth. Raises PlanError."""
+        numbers = {n for slot in change.slots for n in slot.encodings if self._kinds[n] == "smooth"}
+        if not numbers:
+            return None
+        if len(numbers) > 1 or any(slot.encodings[0] not in numbers for slot in change.slots):
+            raise PlanError(
+                f"layer {change.ordinal} is smoothed several times, in part, or after other encodings",
+                expected="one smoothing, the first encoding of all its experts",
+            )
+        if change.ordinal not in self._smoothed:
+            assert isinstance(self.given, Calibration)
+            number, slots = numbers.pop(), change.slots
+            seen, spec = self.given.layer(change.ordinal), self.facts.layers[change.ordinal].spec
+            found = self._methods[number](
+                seen, slots, lambda i: read(slots[i]), router(), spec, **self.plan.encodings[number].options
+            )
+            self._smoothed[change.ordinal] = found, {slot: i for i, slot in enumerate(slots)}
+        return self._smoothed[change.ordinal][0]
+
+    def router(self, ordinal: int, numbers: tuple[int, ...], router_ED: np.ndarray, scale_D: np.ndarray | None) -> np.ndarray:
+        """A router's weights after their encodings. scale_D: what its inputs are divided by. Raises PlanError."""
+        assert isinstance(self.given, Calibration)
+        x_nD, facts = self.given.layer(ordinal).x_nD, self.facts.layers[ordinal]
+        for number in numbers:
+            encoding = self.plan.encodings[number]
+            if self._kinds[number] != "encode_router":
+                raise PlanError(f"{encoding.method} is not for routers", expected="a method of kind 'encode_router'")
+            given_nD = x_nD if scale_D is None else x_nD / scale_D
+            router_ED = self._methods[number](router_ED, given_nD, facts.top_k, **encoding.options)
+        return router_ED
 
     def expert(self, ordinal: int, slot: Slot, weights: ExpertWeights) -> ExpertWeights:
         """The slot's weights after its encodings; biases stay."""
@@ -75,11 +122,24 @@ class Encoder:
             assert self.profile is not None
             stats = LayerStats(self.profile, ordinal)
             given: Mapping[str, Any] = {role: stats.lengths(role, slot, weights) for role in MATRICES}
+        elif self._kinds[number] == "smooth":
+            smoothing, place = self._smoothing_of(ordinal, slot)
+            made = smoothing.applied(place, weights)
+            return {role: a for role, name in MATRICES.items() if (a := getattr(made, name)) is not None}
+        elif self._kinds[number] == "encode" and self._kinds[slot.encodings[0]] == "smooth":
+            assert isinstance(self.given, Calibration)
+            smoothing, place = self._smoothing_of(ordinal, slot)
+            given = self.given.scaled(ordinal, weights, smoothing.rows[place], smoothing.scale_D)
         else:
             needed = "inputs" in card_of(self._methods[number]).needs
             given = self.given(ordinal, slot, weights) if needed and self.given is not None else {}
         there = {role: a for role, name in MATRICES.items() if (a := getattr(weights, name)) is not None}
         return {role: self._one(number, matrix, given.get(role)) for role, matrix in there.items()}
+
+    def _smoothing_of(self, ordinal: int, slot: Slot) -> tuple[Smoothing, int]:
+        """Of a layer that was prepared, and the slot's place in it."""
+        smoothing, places = self._smoothed[ordinal]
+        return smoothing, places[slot]
 
     def matrix(self, name: str, numbers: tuple[int, ...], w_RC: np.ndarray) -> np.ndarray | Packed:
         """A trunk matrix after its encodings, plain or in tiles."""

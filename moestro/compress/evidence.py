@@ -6,7 +6,7 @@ Shapes: L MoE layers, E experts (the most of any layer), W widths, the fewest by
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,9 @@ class BitsEvidence:
 
     counts_LE: tokens routed to an expert. weights_LE: the sum of their combine weights. output_LEW: Frobenius norm of the change of the
     layer's output when the expert alone has that width. matrix_LEW: of the change of its weights. outlier_LE: the largest ratio of a
-    column's largest to its mean size in any of its matrices. bytes_LW: of one expert in each width.
+    column's largest to its mean size in any of its matrices. bytes_LW: of one expert in each width. energy_L: Frobenius norm of what the
+    experts, each alone, add on the kept tokens. turned_L: mean of 1 - cosine of the residual stream before and after the experts;
+    share_L: size of what they add, in the stream's own size; None when the profile was made without the probe residual.
     """
 
     there_LE: np.ndarray
@@ -42,11 +44,19 @@ class BitsEvidence:
     matrix_LEW: np.ndarray
     outlier_LE: np.ndarray
     bytes_LW: np.ndarray
+    energy_L: np.ndarray | None = None
+    turned_L: np.ndarray | None = None
+    share_L: np.ndarray | None = None
 
     def spent(self, widths_LE: np.ndarray) -> int:
         """Bytes of all experts."""
         each_LE = np.take_along_axis(self.bytes_LW, widths_LE, axis=1)
         return int(each_LE[self.there_LE].sum())
+
+    def worth(self) -> np.ndarray:
+        """worth_L: what an error of a layer's output is multiplied with so that layers compare."""
+        size_L = self.output_LEW[..., 0].sum(1) if self.energy_L is None else self.energy_L
+        return (1.0 if self.share_L is None else self.share_L) / np.maximum(size_L, 1e-30)
 
     def check(self, budget: int) -> None:
         """Raises InputError for a budget in bytes that the fewest bits do not meet."""
@@ -77,7 +87,7 @@ def measure(
     shape = len(layers), max(la.num_experts for la in layers)
     there_LE, counts_LE, weights_LE = np.zeros(shape, bool), np.zeros(shape, np.int64), np.zeros(shape)
     output_LEW, matrix_LEW = np.zeros((2, *shape, len(codecs)))
-    outlier_LE = np.zeros(shape)
+    outlier_LE, energy_L = np.zeros(shape), np.zeros(len(layers))
     bytes_LW = np.array([[expert_size(la.spec, codec) for codec in codecs] for la in layers])
     if (np.diff(bytes_LW, axis=1) <= 0).any():
         raise InputError(f"the widths {', '.join(codecs)} do not take more and more bytes", fix="name the fewest bits first")
@@ -91,23 +101,25 @@ def measure(
             matrices = {role: a for role, name in MATRICES.items() if (a := getattr(weights, name)) is not None}
             outlier_LE[at] = max(outliers(matrix) for matrix in matrices.values())
             inputs = given(la.ordinal, Slot((e,)), weights) if needs else {}
+            whole_nD = output(seen, e, la.spec, weights)
+            energy_L[la.ordinal] += float(np.square(whole_nD).sum())
             for w, codec in enumerate(codecs):
                 made = {r: plain(fn(m, inputs.get(r), codec=codec, **(options or {}))) for r, m in matrices.items()}
                 matrix_LEW[(*at, w)] = np.sqrt(sum(float(np.square(made[r] - matrices[r]).sum()) for r in made))
-                output_LEW[(*at, w)] = change(seen, e, la.spec, weights, made)
+                other = replace(weights, **{MATRICES[r]: matrix for r, matrix in made.items()})
+                output_LEW[(*at, w)] = np.linalg.norm(output(seen, e, la.spec, other) - whole_nD)
         if progress:
             progress(la.ordinal + 1, len(layers))
-    return BitsEvidence(there_LE, counts_LE, weights_LE, output_LEW, matrix_LEW, outlier_LE, bytes_LW)
+    found = BitsEvidence(there_LE, counts_LE, weights_LE, output_LEW, matrix_LEW, outlier_LE, bytes_LW, np.sqrt(energy_L))
+    return replace(found, **given.stream())
 
 
-def change(seen: LayerInputs, expert: int, spec: ExpertSpec, weights: ExpertWeights, made: Mapping[str, np.ndarray]) -> float:
-    """Frobenius norm of what the layer's output loses on the kept tokens when one expert has other matrices."""
-    own_n = seen.own((expert,))
-    other = ExpertWeights(made.get("gate"), made["up"], made["down"], weights.gate_F, weights.up_F, weights.down_D)
+def output(seen: LayerInputs, expert: int, spec: ExpertSpec, weights: ExpertWeights) -> np.ndarray:
+    """What an expert adds to the layer's output for its own kept tokens, float32 [n, D]; a bias of the last projection left out."""
     gate_n1 = seen.weight(expert)[:, None]
-    x_nD = seen.x_nD[own_n] * (gate_n1 if spec.weigh_input else np.float32(1))
-    away_nD = hidden(x_nD, other, spec) @ other.down_DF.T - hidden(x_nD, weights, spec) @ weights.down_DF.T
-    return float(np.linalg.norm(away_nD if spec.weigh_input else away_nD * gate_n1))
+    x_nD = seen.x_nD[seen.own((expert,))] * (gate_n1 if spec.weigh_input else np.float32(1))
+    y_nD = hidden(x_nD, weights, spec) @ weights.down_DF.T
+    return y_nD if spec.weigh_input else y_nD * gate_n1
 
 
 def outliers(w_RC: np.ndarray) -> float:

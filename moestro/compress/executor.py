@@ -21,6 +21,7 @@ import numpy as np
 from moestro.compress.encoding import Encoder, plain
 from moestro.compress.record import write_record
 from moestro.compress.slots import build, mixed_rows
+from moestro.compress.smooth.smoothing import touched
 from moestro.core.errors import CoverageError, InputError, PlanError, StorageError
 from moestro.core.experts import ExpertKey, ExpertWeights
 from moestro.core.plans.compression import CompressionPlan, LayerChange, Slot
@@ -96,6 +97,8 @@ def compress(
                 writer.add(name, *job.router(name, change))
             elif name in plan.tensors:
                 job.write_tensor(name, plan.tensors[name], writer)
+            elif name in job.touched:
+                writer.add(name, stored(job.rescaled(name), checkpoint.tensors[name].dtype), checkpoint.tensors[name].dtype)
             else:
                 writer.copy(name, checkpoint)
         assert not waiting, "every decoder layer has norms"
@@ -141,6 +144,7 @@ class Job:
         self._names = {(ref.file, ref.offset): name for name, ref in checkpoint.tensors.items()}
         self._experts = set(checkpoint.tensors) - set(layout.trunk) - set(layout.ignored)
         self._width = plan.width(layout.facts)
+        self.touched = touched(checkpoint, layout) if encoder.smooths else {}
 
     def configured(self, config: dict[str, Any]) -> dict[str, Any]:
         """The new config.json with what the form adds to it; everything that can be wrong with the form is found here."""
@@ -163,6 +167,7 @@ class Job:
     def write_layer(self, change: LayerChange, writer: CheckpointWriter) -> None:
         """All experts of one layer, one after another, or tensor by tensor where a tensor holds them all."""
         parts = self.layout.parts(ExpertKey(change.ordinal, 0))
+        self.prepare(change)
         if any(self.checkpoint.tensors[self._names[part.file, part.offset]].shape != part.shape for part in parts):
             self._write_fused(change, writer, parts)
             return
@@ -213,16 +218,42 @@ class Job:
 
     def make(self, ordinal: int, slot: Slot, parts: tuple[Part, ...]) -> list[np.ndarray]:
         """A slot's arrays, one for each part, as the file stores them."""
-        weights = self.encoder.expert(ordinal, slot, build(slot, self.reader(ordinal), self._width))
+        weights = self.encoder.expert(ordinal, slot, self._built(ordinal)(slot))
         return [to_part(weights, part) for part in parts]
+
+    def prepare(self, change: LayerChange) -> None:
+        """Let the encoder find what the layer's slots share."""
+        self.encoder.prepare(
+            change, self._built(change.ordinal), partial(router_rows, self.checkpoint, self.layout, change.ordinal)
+        )
+
+    def _built(self, ordinal: int) -> Callable[[Slot], ExpertWeights]:
+        return lambda slot: build(slot, self.reader(ordinal), self._width)
 
     def router(self, name: str, change: LayerChange) -> tuple[np.ndarray, str]:
         """A router's tensor with its new rows, and its dtype."""
         ref = self.checkpoint.tensors[name]
         axis = expert_axis(ref.shape, self.layout.facts.layers[change.ordinal].num_experts, name)
-        old = np.moveaxis(floats(self.checkpoint.read(name), ref.dtype), axis, 0)
-        new = np.moveaxis(mixed_rows(old, change.routed), 0, axis)
-        return stored(np.ascontiguousarray(new), ref.dtype), ref.dtype
+        new = mixed_rows(np.moveaxis(self.rescaled(name), axis, 0), change.routed)
+        if name in self.plan.tensors:
+            new = self.encoder.router(change.ordinal, self.plan.tensors[name], new, self._scale(change.ordinal))
+        return stored(np.ascontiguousarray(np.moveaxis(new, 0, axis)), ref.dtype), ref.dtype
+
+    def rescaled(self, name: str) -> np.ndarray:
+        """A trunk tensor in float32, in the scale that the plan's smoothing gives the layer's inputs."""
+        values = floats(self.checkpoint.read(name), self.checkpoint.tensors[name].dtype)
+        if name not in self.touched:
+            return values
+        ordinal, divided = self.touched[name]
+        scale_D = self._scale(ordinal)
+        assert scale_D is not None, "only a smoothing touches tensors"
+        return values / scale_D if divided else values * scale_D
+
+    def _scale(self, ordinal: int) -> np.ndarray | None:
+        found = self.encoder.smoothing(
+            self.plan.layers[ordinal], self._built(ordinal), partial(router_rows, self.checkpoint, self.layout, ordinal)
+        )
+        return None if found is None else found.scale_D
 
     def write_tensor(self, name: str, numbers: tuple[int, ...], writer: CheckpointWriter) -> None:
         """A trunk tensor after its encodings."""
@@ -236,7 +267,18 @@ class Job:
             raise PlanError(
                 f"{name} is {ref.dtype} {list(ref.shape)}", expected="a matrix of floats", fix="take it out of the plan"
             )
-        return floats(self.checkpoint.read(name), ref.dtype)
+        return self.rescaled(name)
+
+
+def router_rows(checkpoint: Checkpoint, layout: Layout, ordinal: int) -> np.ndarray:
+    """The weights that give a layer's router logits, float32 [E, D]."""
+    for name in router_tensors(checkpoint, layout, ordinal):
+        ref = checkpoint.tensors[name]
+        if len(ref.shape) == 2 and ref.shape[1] == layout.facts.d_model:
+            return floats(checkpoint.read(name), ref.dtype)
+    raise PlanError(
+        f"the router of MoE layer {ordinal} is no matrix of [experts, {layout.facts.d_model}]", fix="plan without --smooth"
+    )
 
 
 def _read(checkpoint: Checkpoint, layout: Layout, ordinal: int, expert: int) -> ExpertWeights:

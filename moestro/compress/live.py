@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from moestro.compress.encoding import Encoder
+from moestro.compress.encoding import Encoder, plain
+from moestro.compress.executor import router_rows
 from moestro.compress.slots import arrays_of, build, mixed_rows
+from moestro.compress.smooth.smoothing import touched
 from moestro.core.errors import UnsupportedModel
 from moestro.core.experts import ExpertKey, ExpertWeights
 from moestro.core.plans.compression import CompressionPlan, LayerChange
@@ -57,6 +61,9 @@ def _fill(seam: Seam, model: Model, change: LayerChange, encoder: Encoder, width
     for name, made in dict(module.named_parameters(recurse=False)).items():
         module._parameters[name] = torch.nn.Parameter(torch.zeros(made.shape, dtype=made.dtype))
     made_of = {}
+    encoder.prepare(
+        change, lambda slot: build(slot, lambda e: _plain(model, change.ordinal, e), width), _router(model, change.ordinal)
+    )
     for number, slot in enumerate(change.slots):
         made_of[number] = encoder.expert(change.ordinal, slot, build(slot, lambda e: _plain(model, change.ordinal, e), width))
     with torch.no_grad():
@@ -81,23 +88,50 @@ def _share(module: Any, model: Model, plan: CompressionPlan, encoder: Encoder) -
     changes = {facts.index: change for facts, change in zip(model.facts.layers, plan.layers, strict=True)}
     experts = {facts.index: facts.num_experts for facts in model.facts.layers}
     numbers = _in_memory(module, plan)
+    scaled = _scales(module, model, plan, encoder)
     for name, tensor in [*old.named_parameters(remove_duplicate=False), *old.named_buffers(remove_duplicate=False)]:
         if name.startswith(inside):
             continue
         index = _layer(name)
         value: torch.Tensor = tensor
+        factor_D, plain_D = scaled.get(name, (None, None))
+        if factor_D is not None:
+            value = (tensor.detach().float() * torch.from_numpy(factor_D)).to(tensor.dtype)
         if index in changes and is_router(name):
             axis = expert_axis(tuple(tensor.shape), experts[index], name)
-            rows = mixed_rows(np.moveaxis(tensor.detach().float().numpy(), axis, 0), changes[index].routed)
+            rows = mixed_rows(np.moveaxis(value.detach().float().numpy(), axis, 0), changes[index].routed)
+            if name in numbers:
+                rows = encoder.router(changes[index].ordinal, numbers[name], rows, plain_D)
             value = torch.from_numpy(np.ascontiguousarray(np.moveaxis(rows, 0, axis))).to(tensor.dtype)
         elif name in numbers:
-            value = torch.from_numpy(encoder.matrix(name, numbers[name], tensor.detach().float().numpy())).to(tensor.dtype)
+            value = torch.from_numpy(plain(encoder.matrix(name, numbers[name], value.detach().float().numpy()))).to(tensor.dtype)
         owner, _, leaf = name.rpartition(".")
         parent = module.get_submodule(owner)
         if leaf in parent._parameters:
             parent._parameters[leaf] = value if value is tensor else torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
         else:
             parent._buffers[leaf] = value
+
+
+def _router(model: Model, ordinal: int) -> Callable[[], np.ndarray]:
+    return partial(router_rows, model.checkpoint, model.layout, ordinal)
+
+
+def _scales(module: Any, model: Model, plan: CompressionPlan, encoder: Encoder) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Of the tensors that a smoothing touches, in memory: what they are multiplied with, and what the layer's inputs are divided by."""
+    from moestro.models.live import renamer
+
+    if not encoder.smooths:
+        return {}
+    rename, width, out = renamer(module), plan.width(model.facts), {}
+    for name, (ordinal, divided) in touched(model.checkpoint, model.layout).items():
+        change = plan.layers[ordinal]
+        found = encoder.smoothing(
+            change, lambda slot, at=ordinal: build(slot, lambda e: _plain(model, at, e), width), _router(model, ordinal)
+        )
+        assert found is not None
+        out[rename(name)] = (1 / found.scale_D if divided else found.scale_D, found.scale_D)
+    return out
 
 
 def _in_memory(module: Any, plan: CompressionPlan) -> dict[str, tuple[int, ...]]:

@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moestro.compress.budget.block_importance import block_importance
 from moestro.compress.budget.frequency import frequency
 from moestro.compress.budget.mc_moe import mc_moe
 from moestro.compress.budget.mc_sharp import mc_sharp
 from moestro.compress.budget.program import solve
 from moestro.compress.budget.quantmoe_bench import quantmoe_bench
 from moestro.compress.calibration import Calibration, LayerInputs
-from moestro.compress.evidence import BitsEvidence, change, measure, outliers
+from moestro.compress.evidence import BitsEvidence, measure, outliers, output
 from moestro.core.errors import InputError
 from moestro.core.experts import ExpertSpec, ExpertWeights
 from moestro.core.method import load
@@ -40,7 +41,8 @@ def evidence():
     shape = there.shape
     counts = rng.integers(1, 100, shape) * there
     return BitsEvidence(
-        there, counts, counts * rng.uniform(0.2, 1, shape), error, error * 2, rng.uniform(1, 9, shape), np.tile([100, 160, 220], (3, 1))
+        there, counts, counts * rng.uniform(0.2, 1, shape), error, error * 2, rng.uniform(1, 9, shape), np.tile([100, 160, 220], (3, 1)),
+        turned_L=np.array([0.1, 0.9, 0.2]),
     )  # fmt: skip
 
 
@@ -119,6 +121,23 @@ def test_ranks(evidence):
         }  # fmt: skip
 
 
+def test_the_layer_that_turns_the_stream_most_comes_first(evidence):
+    assert (block_importance(evidence, 1600 + 6 * 120) == 2 * np.eye(3, dtype=int)[1][:, None]).all()
+    widths_LE = block_importance(evidence, 1600 + 8 * 120)
+    assert (widths_LE[1] == 2).all() and (widths_LE[2] == 2).sum() == 2 and not widths_LE[0].any()
+    with pytest.raises(InputError, match="--probe residual"):
+        block_importance(replace(evidence, turned_L=None), 2300)
+
+
+def test_a_layer_of_small_worth_gives_its_bits_away(evidence):
+    """Two layers with the same relative errors: the one that adds little to the stream has the fewest bits."""
+    whole = replace(evidence, there_LE=np.ones((3, 6), bool), output_LEW=np.broadcast_to(np.array([4.0, 1.0, 0.2]), (3, 6, 3)))
+    whole.counts_LE[...] = whole.weights_LE[...] = 5
+    whole = replace(whole, energy_L=np.full(3, 9.0), share_L=np.array([0.01, 0.5, 0.5]))
+    widths_LE = mc_moe(whole, 18 * 160, scope="model")
+    assert widths_LE[0].max() <= widths_LE[1:].min() and widths_LE[0].mean() < 1 < widths_LE[1:].mean()
+
+
 def test_outliers_are_relative_to_their_column():
     w_RC = np.ones((8, 16), np.float32)
     assert outliers(w_RC) == 1
@@ -126,7 +145,7 @@ def test_outliers_are_relative_to_their_column():
     assert outliers(w_RC) == outliers(w_RC * np.linspace(1, 5, 16, dtype=np.float32)) == pytest.approx(9 / 2)
 
 
-def test_an_experts_change_is_that_of_the_layers_output():
+def test_what_an_expert_adds_is_its_part_of_the_layers_output():
     rng = np.random.default_rng(3)
     spec = ExpertSpec(8, 16)
     old, new = (
@@ -140,13 +159,13 @@ def test_an_experts_change_is_that_of_the_layers_output():
     def silu(x):
         return x / (1 + np.exp(-x))
 
-    def output(w, x):
+    def plain(w, x):
         return (silu(x @ w.gate_FD.T) * (x @ w.up_FD.T)) @ w.down_DF.T
 
     rows = [(0, 1), (1, 0), (3, 0)]
-    away = [weights_nK[t, k] * (output(new, x_nD[t]) - output(old, x_nD[t])) for t, k in rows]
-    made = {"gate": new.gate_FD, "up": new.up_FD, "down": new.down_DF}
-    assert change(seen, 1, spec, old, made) == pytest.approx(float(np.linalg.norm(away)), rel=1e-4)
+    for weights in (old, new):
+        want_nD = [weights_nK[t, k] * plain(weights, x_nD[t]) for t, k in rows]
+        np.testing.assert_allclose(output(seen, 1, spec, weights), want_nD, rtol=1e-4, atol=1e-4)
 
 
 def test_evidence_of_a_model(tmp_path):
@@ -154,13 +173,17 @@ def test_evidence_of_a_model(tmp_path):
     checkpoint = Checkpoint.open(tmp_path / "m")
     layout, model = describe(checkpoint), open_model(checkpoint)
     documents = [Document("a", "drawn", tokens=np.random.default_rng(i).integers(4, 120, 40).tolist()) for i in range(3)]
-    recording = Recording(model, cut(documents, None, length=40), make({"inputs": {}, "counts": {}}))
+    recording = Recording(model, cut(documents, None, length=40), make({"inputs": {}, "counts": {}, "residual": {}}))
     recording.run(model)
     given = Calibration(recording.profile(), layout.facts)
     found = measure(checkpoint, layout, given, ("int2:32", "int4:32", "int8:32"), "compress.encode.rtn")
     assert np.array_equal(found.counts_LE, recording.profile().arrays["counts_LE"])
     assert (np.diff(found.output_LEW) < 0).all() and (np.diff(found.matrix_LEW) < 0).all()
     assert (found.outlier_LE > 1).all()
+    arrays = recording.profile().arrays
+    assert found.turned_L is not None and found.share_L is not None and found.energy_L is not None
+    np.testing.assert_allclose(found.turned_L, arrays["turned_L"] / arrays["turning_L"])
+    assert (found.share_L > 0).all() and (found.output_LEW[..., 2].sum(1) < 0.1 * found.energy_L).all()
     better = measure(checkpoint, layout, given, ("int2:32",), "compress.encode.gptq")
     assert better.output_LEW.sum() < found.output_LEW[..., 0].sum(), "fitted to the inputs, the output changes less"
     with pytest.raises(InputError, match="more and more"):

@@ -6,8 +6,9 @@ Rule       per layer: min sum_e sum_b phi_e^alpha w_e^beta eps_eb^gamma x_eb;  s
            with `present` at least one expert has the most bits and one the second most;  phi, w normalised to sum 1, eps = || change of the layer's output ||_F
 Needs      the evidence of widths: counts, weights, output_LEW
 Gives      the width of each expert
-Departs    the budget is in bytes, scales included, where the paper counts code bits; with scope 'model' one program spans all layers, eps
-           then as a share of the layer's own with the fewest bits; that the two widest must occur is an option, for it can break a budget
+Departs    the budget is in bytes, scales included, where the paper counts code bits; that the two widest must occur is an option, for it
+           can break a budget; with scope 'model' one program spans all layers, eps then as a share of what the layer's experts add, times
+           their share of the residual stream where the profile was made with the probe residual
 Checked    brute force over all choices; the presence of widths; a more important expert with the same errors never has fewer bits
 """
 
@@ -35,23 +36,16 @@ def mc_moe(
     present: bool = False,
 ) -> np.ndarray:
     """widths_LE. budget: bytes of all experts. alpha, beta, gamma, scope: of the rule. present: whether the widest two must occur."""
-    return by_program(evidence, budget, evidence.output_LEW, (alpha, beta, gamma), scope, present)
-
-
-def by_program(
-    evidence: BitsEvidence, budget: int, error_LEW: np.ndarray, powers: tuple[float, float, float], scope: str, present: bool
-) -> np.ndarray:
-    """The rule for any error of widths."""
     if scope not in SCOPES:
         raise InputError(f"the scope is {scope!r}", expected=" or ".join(SCOPES))
     evidence.check(budget)
-    alpha, beta, gamma = powers
-    there_LE, widths = evidence.there_LE, error_LEW.shape[2]
+    there_LE, error_LEW = evidence.there_LE, evidence.output_LEW
+    widths = error_LEW.shape[2]
     share_LE = [
         x_LE / np.maximum(x_LE.sum(1, keepdims=True), 1e-30) for x_LE in (evidence.counts_LE.astype(float), evidence.weights_LE)
     ]
     if scope == "model":  # layers differ in the size of their output by orders
-        error_LEW = error_LEW / np.maximum(error_LEW[..., 0].sum(1), 1e-30)[:, None, None]
+        error_LEW = error_LEW * evidence.worth()[:, None, None]
     loss_LEW = (share_LE[0] ** alpha * share_LE[1] ** beta)[..., None] * error_LEW**gamma
     bytes_LEW = np.broadcast_to(evidence.bytes_LW[:, None], loss_LEW.shape)
     widths_LE = np.zeros(there_LE.shape, np.int64)

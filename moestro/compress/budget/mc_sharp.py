@@ -11,9 +11,11 @@ Checked    as MC-MoE
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from moestro.compress.budget.mc_moe import by_program
+from moestro.compress.budget.mc_moe import mc_moe
 from moestro.compress.evidence import BitsEvidence
 from moestro.core.method import method
 
@@ -30,4 +32,5 @@ def mc_sharp(
     present: bool = False,
 ) -> np.ndarray:
     """widths_LE. As `compress.budget.mc_moe`."""
-    return by_program(evidence, budget, evidence.matrix_LEW, (alpha, beta, gamma), scope, present)
+    shown = replace(evidence, output_LEW=evidence.matrix_LEW, energy_L=None)  # a share of the layer's own change
+    return mc_moe(shown, budget, alpha=alpha, beta=beta, gamma=gamma, scope=scope, present=present)

@@ -7,6 +7,7 @@ head. Expert tensors are written one by one, however the original keeps them.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from moestro.compress.slots import build
 from moestro.compress.trunk import trunk_matrices
 from moestro.core.errors import PlanError
 from moestro.core.experts import ExpertKey, ExpertWeights
+from moestro.core.method import card_of, load
 from moestro.core.plans.compression import STORED, LayerChange, Slot
 from moestro.kernels import native
 from moestro.kernels.packed import Packed
@@ -37,13 +39,18 @@ R = TypeVar("R")
 
 
 def side_by_side(fn: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-    """fn of each item, in order; as many at once as there are cores, each on one thread of the linear algebra."""
+    """fn of each item, in order; as many at once as there are cores, each on one thread of the linear algebra. While one is taken away and
+    written, the next are on their way."""
     from threadpoolctl import threadpool_limits
 
-    workers = native.cores()
+    workers, under_way = native.cores(), deque()
     with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
-        for at in range(0, len(items), workers):
-            yield from pool.map(fn, items[at : at + workers])
+        for item in items:
+            under_way.append(pool.submit(fn, item))
+            if len(under_way) > workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
 
 
 class CodedJob(Job):
@@ -72,6 +79,8 @@ class CodedJob(Job):
         self._together({name for name in coded if name in self.plan.tensors})
         used = dict.fromkeys((e.method.removeprefix("compress."), e.codec) for e in self.plan.encodings if e.codec != STORED)
         changes = [f"weights are kept as {codec} ({method})" for method, codec in used]
+        if routers := {e.method for e in self.plan.encodings if card_of(load(e.method)).kind == "encode_router"}:
+            changes.append(f"routers are rounded ({', '.join(sorted(routers))})")
         return {k: v for k, v in config.items() if k != "quantization_config"} | {"quantization_config": describe(coded, changes)}
 
     def names(self, ordinal: int, expert: int) -> dict[str, str]:
@@ -96,7 +105,7 @@ class CodedJob(Job):
                 waiting.append((slot, targets))
         if not waiting:
             return
-        self.encoder.prepare(change.ordinal)
+        self.prepare(change)
 
         def encode(slot: Slot) -> tuple[ExpertWeights, dict[str, np.ndarray | Packed]]:
             weights = build(slot, self.reader(change.ordinal), self._width)
