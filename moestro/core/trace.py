@@ -91,12 +91,14 @@ class Trace:
                 np.add.at(out, (first[both, i], second[both, j]), 1)
         return out
 
+    def cuts(self) -> np.ndarray:
+        """int64: the first row of each forward pass, and the number of tokens last."""
+        inner = np.flatnonzero(np.diff(self.steps_T)) + 1
+        return np.concatenate([[0] if self.tokens else [], inner, [self.tokens]]).astype(np.int64)
+
     def steps(self) -> Iterator[Step]:
         """The forward passes in order."""
-        if not self.tokens:
-            return
-        cuts = [0, *(np.flatnonzero(np.diff(self.steps_T)) + 1).tolist(), self.tokens]
-        for start, stop in itertools.pairwise(cuts):
+        for start, stop in itertools.pairwise(self.cuts().tolist()):
             yield Step(int(self.steps_T[start]), bool(self.prefill_T[start]), slice(start, stop))
 
     def save(self, path: str | Path) -> None:

@@ -63,9 +63,9 @@ class Demands:
     @functools.cached_property
     def flat(self) -> native.Asked | None:
         """The same for native replays; None where there is no native code."""
-        steps = [*self._trace.steps()]
-        starts_P1 = np.array([0, *(step.rows.stop for step in steps)])
-        return native.asked(self._trace.experts_LTK, starts_P1, np.array([s.prefill for s in steps]), self._trace.num_experts)
+        starts_P1 = self._trace.cuts()
+        prefill_P = np.asarray(self._trace.prefill_T)[starts_P1[:-1]]
+        return native.asked(self._trace.experts_LTK, starts_P1, prefill_P, self._trace.num_experts)
 
 
 def count(

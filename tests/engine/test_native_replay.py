@@ -55,6 +55,16 @@ def test_planted_traces_agree_at_every_budget(trace, name, scope):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_many_experts_and_more_moments_than_are_kept_apart(name):
+    """512 experts, and so many uses that what is numbered by moments is numbered anew on the way; the last budget holds them all."""
+    trace = zipf(layers=2, tokens=300, slots=8, experts=256, power=0.3)
+    for scope, slots in (("global", [(16,), (51,), (200,), (600,)]), ("layer", [(9, 40), (128, 256)])):
+        asked = Demands(trace)
+        found = count(asked, name, scope, slots)
+        assert found == [by_objects(trace, asked, name, scope, one) for one in slots]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_trace_agrees_at_every_budget(name, data):
