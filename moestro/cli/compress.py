@@ -24,11 +24,12 @@ EPILOG = """Examples:
   moestro plan contribution ./model --profile book.profile --after plan.json --ratio 0.5 -o both.json
   moestro plan moe_pruner:pattern=2:4 ./model --profile book.profile -o sparse.json
   moestro plan gptq ./model --profile book.profile --after plan.json --codec int4:64 --trunk-codec int8:64 -o small.json
+  moestro plan odp:share=0.5 ./model --profile book.profile -o skip.json            skip experts at run time
   moestro apply plan.json -o ./smaller
   moestro eval ./smaller --against ./model --data held-out.txt
 
 METHOD is one of `moestro methods --kind criterion` (remove experts), search (remove experts, trying sets), group (merge), neurons (narrower
-experts), sparsify or encode (other weights), by its name or the last part of it. `moestro plan METHOD ...` is `moestro plan compress METHOD ...`.
+experts), sparsify or encode (other weights), skip (at run time), by its name or the last part of it. `moestro plan METHOD ...` is `moestro plan compress METHOD ...`.
 Experts that the profile never saw make the exit code 1, unless --allow-unseen is given; the plan is written in any case."""
 
 

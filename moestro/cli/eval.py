@@ -71,6 +71,7 @@ def evaluate(
         found.quality.kl,
         found.kl_error,
         found.agreement,
+        found.skipped,
     )
     if not quiet and texts.digest == made.inputs.get("profile"):
         say("this is the text that the plan was made from: what it costs on other text will be more")

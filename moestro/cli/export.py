@@ -9,7 +9,7 @@ import typer
 
 from moestro.cli.arguments import Json, Model
 from moestro.cli.errors import bad_argument
-from moestro.cli.output import emit, size
+from moestro.cli.output import emit, say, size
 
 EPILOG = """Examples:
 
@@ -38,8 +38,11 @@ def export(
 ) -> None:
     """Write a model for vLLM (compressed-tensors) or llama.cpp (gguf). No number changes; what has no place there is an error."""
     from moestro.models.checkpoint import Checkpoint
+    from moestro.models.taps import read_taps
 
     checkpoint = Checkpoint.open(model)
+    if read_taps(checkpoint):
+        say(f"{model} skips experts when moestro runs it; other programs will run every expert")
     if to == "gguf":
         if allow_plain:
             bad_argument("--allow-plain is for compressed-tensors", "none: a GGUF file holds plain weights as they are")

@@ -138,7 +138,7 @@ def read_tokens(checkpoint: Checkpoint, data: Path) -> list[int]:
 
 
 def register(app: typer.Typer) -> None:
-    from moestro.cli import bits, compress
+    from moestro.cli import bits, compress, tasks
 
     group = typer.Typer(
         cls=compress.PlanGroup,
@@ -149,5 +149,6 @@ def register(app: typer.Typer) -> None:
     group.command(epilog=EPILOG)(residency)
     group.command("compress", epilog=compress.EPILOG)(compress.plan)
     group.command("bits", epilog=bits.EPILOG)(bits.bits)
+    group.command("tasks", epilog=tasks.EPILOG)(tasks.tasks)
     group.callback()(lambda: None)
     app.add_typer(group, name="plan")

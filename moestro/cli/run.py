@@ -81,6 +81,12 @@ def run(
         int | None,
         typer.Option(min=2, max=4, help="Use at most this many bits of experts packed as nested.", show_default=False),
     ] = None,
+    tasks: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Load the experts of the prompt's task alone, by `moestro plan tasks`.", show_default=False
+        ),
+    ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", "--n-predict", help="Tokens of the answer at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Only the k likeliest; 0: all.")] = 0,
@@ -137,6 +143,12 @@ def run(
                 "moestro apply PLAN --codec nested:32 -o FOLDER",
             )
         options["planes"] = quality
+    if tasks is not None:
+        from moestro.cli.tasks import read_tasks
+
+        if prompts is not None and len(prompts) > 1:
+            bad_argument("there are several prompts and --tasks", "one prompt at a time")
+        options["tasks"] = read_tasks(tasks)
     if plan is None and prompts is not None and len(prompts) > 1:
         options["batch"] = min(len(prompts), MOST_AT_ONCE)
     with open_engine(model, revision, memory, plan, store, threads, trace is not None, options, quiet or as_json) as engine:

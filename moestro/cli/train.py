@@ -29,8 +29,12 @@ EPILOG = """Examples:
   moestro train --resume ./run                           after Ctrl-C, a kill or a crash: the same losses, bit for bit
   moestro train tiny -o ./run --export mixtral           then: moestro run ./run/mixtral --raw "The "
   torchrun --nproc-per-node 2 -m moestro train mixed -o ./run
+  moestro train router_norms --model ./smaller --against ./model --data book.txt -o ./better   recover what compression cost
+  moestro train tsep:keep=4 --model ./model --data task.txt -o ./small    fine-tune for a task, and drop what it does not use
+  moestro train otp:price=0.02 --model ./model --data book.txt -o ./skipping    learn which experts need not run
 
---data is [DOMAIN=]WHERE: a text, JSON-lines or Parquet file, a folder, a pattern with *, installed[:DOMAIN] (what this
+With --model CONFIG is a method of `moestro methods --kind tuning`, and the result a model folder of the same family; experts that are
+stored in few bits cannot be trained. --data is [DOMAIN=]WHERE: a text, JSON-lines or Parquet file, a folder, a pattern with *, installed[:DOMAIN] (what this
 Python carries), samples:NAME (small labelled data of packages: digits, characters, locales), or hub:org/name[@revision][:PATTERN]. The run's folder gets model/ (weights, configuration, tokenizer),
 log.jsonl (every step), train.json, checkpoints/ and tokens/. Ctrl-C ends after the current step with a checkpoint."""
 
@@ -41,9 +45,16 @@ def train(
         typer.Argument(
             metavar="[CONFIG]",
             help="A JSON file, or a recipe: tiny, mixed, digits, dit, hecto, home, hyperformer, languages, modality, moiie, openmoe, "
-            "promoe, task_level, tasks, union, unipool.",
+            "promoe, task_level, tasks, union, unipool. With --model a method[:option=value,...] of kind tuning.",
             show_default=False,
         ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Train this model instead of a new one.", show_default=False)
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="With --model: the original, for methods that learn from it.", show_default=False),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -80,6 +91,16 @@ def train(
             "neither --output nor --resume" if resume is None else "both --output and --resume",
             "--output FOLDER for a new run, --resume FOLDER for one that was stopped",
         )
+    if model is None and against is not None:
+        bad_argument("there is an --against and no --model", "the model to train with --model")
+    if model is not None:
+        if config is None or output is None or export:
+            bad_argument(
+                "--model needs a method and --output, and has no --export", "moestro train METHOD --model MODEL -o FOLDER"
+            )
+        from moestro.cli.tune import tune
+
+        return tune(config, model, against, data, output, steps, settings or [], threads, quiet, as_json)
     if resume is None and config is None:
         bad_argument("no configuration", "a JSON file or a recipe", "moestro train tiny -o ./run")
     import torch

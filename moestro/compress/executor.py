@@ -25,15 +25,15 @@ from moestro.compress.smooth.smoothing import touched
 from moestro.core.errors import CoverageError, InputError, PlanError, StorageError
 from moestro.core.experts import ExpertKey, ExpertWeights
 from moestro.core.plans.compression import CompressionPlan, LayerChange, Slot
-from moestro.kernels.convert import to_bf16, to_f32
-from moestro.models.checkpoint import NUMPY, Checkpoint
+from moestro.models.checkpoint import Checkpoint
 from moestro.models.experts import read_expert
 from moestro.models.families.resize import expert_axis, resized, router_tensors
 from moestro.models.layout import Layout, Part
+from moestro.models.parts import FLOATS, floats, stored, to_part
+from moestro.models.taps import read_taps
 from moestro.models.writer import CheckpointWriter
 
 Progress = Callable[[int, int], None]  # (layers done, layers)
-FLOATS = ("F32", "F16", "BF16")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _EXPERT = re.compile(r"((?:^|\.)experts\.)(\d+)(\.)")
 _SMALLEST_SHARD = 64 << 20
@@ -114,6 +114,12 @@ def prepare(plan: CompressionPlan, checkpoint: Checkpoint, layout: Layout) -> tu
     plan.check(facts)
     if unknown := sorted(set(plan.tensors) - set(layout.trunk)):
         raise PlanError(f"the plan encodes {unknown[0]}, which is no trunk tensor of this model", fix="make the plan again")
+    if read_taps(checkpoint):
+        raise PlanError(
+            f"{checkpoint.path} skips experts when it runs, and what is made from it would not",
+            expected="a model without taps on its routing",
+            fix="plan from the model before it, and skip last: moestro plan METHOD MODEL --after PLAN",
+        )
     config = resized(checkpoint.config, facts, experts=plan.experts, d_expert=plan.width(facts))
     for la in plan.layers:
         stored = {part.dtype for part in layout.parts(ExpertKey(la.ordinal, 0))}
@@ -283,34 +289,6 @@ def router_rows(checkpoint: Checkpoint, layout: Layout, ordinal: int) -> np.ndar
 
 def _read(checkpoint: Checkpoint, layout: Layout, ordinal: int, expert: int) -> ExpertWeights:
     return read_expert(checkpoint, layout, ExpertKey(ordinal, expert))
-
-
-def floats(array: np.ndarray, dtype: str) -> np.ndarray:
-    """A stored array in float32 (float64 stays)."""
-    return to_f32(array) if dtype in FLOATS else array
-
-
-def stored(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 values rounded to nearest in a stored dtype; BF16 as bit patterns."""
-    if dtype == "BF16":
-        return to_bf16(np.ascontiguousarray(values, np.float32))
-    return np.ascontiguousarray(values, NUMPY[dtype])
-
-
-def to_part(weights: ExpertWeights, part: Part) -> np.ndarray:
-    """What a part of an expert holds, as the file stores it: fused, interleaved, transposed, in its dtype."""
-    kind = part.role.removesuffix("_bias")
-    bias = part.role.endswith("_bias")
-    fields = {"gate": ("gate_F" if bias else "gate_FD",), "up": ("up_F" if bias else "up_FD",)}
-    fields |= {"down": ("down_D" if bias else "down_DF",), "gate_up": fields["gate"] + fields["up"]}
-    arrays = [getattr(weights, name) for name in fields[kind]]
-    if len(arrays) == 1:
-        whole = arrays[0]
-    elif part.interleaved:
-        whole = np.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
-    else:
-        whole = np.concatenate(arrays)
-    return stored(whole.T if part.transposed and whole.ndim == 2 else whole, part.dtype)
 
 
 def _layer(name: str) -> int:

@@ -44,7 +44,9 @@ def compress_live(plan: CompressionPlan, model: Model, *, encoder: Encoder | Non
     for seam, change in zip(found, plan.layers, strict=True):
         _fill(seam, model, change, encoder, width)
     _share(module, model, plan, encoder)
-    return Model(replace(checkpoint, config=config), layout, module, found)
+    made = Model(replace(checkpoint, config=config), layout, module, found)
+    made.tap([la.taps for la in plan.layers])
+    return made
 
 
 def _no_files(key: ExpertKey) -> NoReturn:

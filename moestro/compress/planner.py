@@ -19,6 +19,7 @@ from moestro.compress.choosing import choose, least
 from moestro.compress.guard import guarded
 from moestro.compress.merging import Merging, merged_layer
 from moestro.compress.sampling import LayerSample
+from moestro.compress.skipping import with_taps
 from moestro.compress.slimming import slimmed
 from moestro.compress.stats import LayerStats, layer_stats
 from moestro.compress.trunk import trunk_matrices
@@ -33,7 +34,7 @@ from moestro.models.layout import Layout
 from moestro.profile.coverage import coverage
 from moestro.profile.profile import Profile
 
-KINDS = ("criterion", "search", "group", "neurons", "sparsify", "encode")
+KINDS = ("criterion", "search", "group", "neurons", "sparsify", "encode", "skip")
 Progress = Callable[[int, int], None]
 
 
@@ -92,7 +93,7 @@ def plan_compression(
     _check_options(fn, wish.options)
     if base is not None:
         base.check(facts)
-    needs_profile = card.kind not in ("encode",)
+    needs_profile = card.kind != "encode" and (card.kind != "skip" or bool(card.needs))
     if (needs_profile or "inputs" in card.needs) and profile is None:
         raise InputError(
             f"{card.name} reads statistics",
@@ -114,7 +115,10 @@ def plan_compression(
         stated=base.stated if base else (),
         profile=profile_path or (base.profile if base else ""),
     )
-    if card.kind in ("sparsify", "encode"):
+    if card.kind == "skip":
+        _removes_nothing(card.name, wish)
+        plan = with_taps(fn, plan, stats, facts.layers, dict(wish.options))
+    elif card.kind in ("sparsify", "encode"):
         plan = _encoding(plan, card.name, card.kind, wish, checkpoint, layout)
     else:
         assert profile is not None
@@ -145,11 +149,7 @@ def find(name: str) -> Any:
 
 def _encoding(plan: CompressionPlan, name: str, kind: str, wish: Wish, checkpoint: Checkpoint, layout: Layout) -> CompressionPlan:
     """One more encoding for every slot, and of kind 'encode' for the trunk if it is wished."""
-    if wish.keep is not None or wish.ratio is not None:
-        raise InputError(
-            f"{name} removes no experts, and --keep or --ratio is given",
-            fix="give the method's own options, as in NAME:OPTION=VALUE",
-        )
+    _removes_nothing(name, wish)
     if kind == "sparsify":
         if wish.codec != STORED or wish.trunk_codec is not None:
             raise InputError(f"{name} has no number format", expected="a codec with a method of kind encode only")
@@ -160,6 +160,14 @@ def _encoding(plan: CompressionPlan, name: str, kind: str, wish: Wish, checkpoin
     plan = encode_experts(plan, layout, name, wish.codec, wish.options)
     trunk = None if wish.trunk_codec is None else ("compress.encode.rtn", wish.trunk_codec)
     return encode_trunk(plan, trunk_matrices(checkpoint, layout), inner=trunk, outer=trunk)
+
+
+def _removes_nothing(name: str, wish: Wish) -> None:
+    if wish.keep is not None or wish.ratio is not None:
+        raise InputError(
+            f"{name} removes no experts, and --keep or --ratio is given",
+            fix="give the method's own options, as in NAME:OPTION=VALUE",
+        )
 
 
 def _reshaping(
@@ -173,6 +181,8 @@ def _reshaping(
     progress: Progress | None,
 ) -> CompressionPlan:
     kind, facts, options = card_of(fn).kind, layout.facts.layers, dict(wish.options)
+    if any(la.taps for la in plan.layers):
+        raise PlanError("the plan to start from skips experts at run time already", fix="remove, merge and slim first")
     if any(slot.encodings for la in plan.layers for slot in la.slots):
         raise PlanError("the plan to start from encodes its experts already", fix="remove and merge first, encode last")
     if kind == "neurons":

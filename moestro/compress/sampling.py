@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moestro.compress.executor import floats
 from moestro.compress.slots import arrays_of
 from moestro.core.errors import ProfileError, UnsupportedModel
 from moestro.core.experts import ExpertKey, ExpertSpec, ExpertWeights
@@ -18,6 +17,7 @@ from moestro.models.experts import read_expert
 from moestro.models.families.resize import router_tensors
 from moestro.models.layout import Layout
 from moestro.models.native.router import route
+from moestro.models.parts import floats
 from moestro.profile.profile import Profile
 
 

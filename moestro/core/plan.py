@@ -113,8 +113,9 @@ def read_plan(path: str | Path) -> Plan:
     from moestro.core.plans.compression import CompressionPlan
     from moestro.core.plans.construction import ConstructionPlan
     from moestro.core.plans.residency import ResidencyPlan
+    from moestro.core.plans.tasks import TaskPlan
 
-    kinds: dict[str, type[Plan]] = {cls.kind: cls for cls in (ResidencyPlan, ConstructionPlan, CompressionPlan)}
+    kinds: dict[str, type[Plan]] = {cls.kind: cls for cls in (ResidencyPlan, ConstructionPlan, CompressionPlan, TaskPlan)}
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -113,7 +113,7 @@ class RouteContext:
     layer: MoE layer ordinal 0..L-1. step: optimiser step (training). token_ids_T, sequence_T, position_T: int64 [T].
     rng: the random generator of the array's library. carry: layer-to-layer state of one forward pass (and what the caller said
     of the tokens: task, modality), changed in place by those who use it. notes: what the stages of one router leave in one call
-    for its own losses.
+    for its own losses. x_TD: the router's input, for taps.
     """
 
     layer: int = 0
@@ -125,6 +125,7 @@ class RouteContext:
     rng: Any = None
     carry: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    x_TD: Array | None = None
 
 
 OnLogits = Callable[[Array, RouteContext], Array]  # logits_TE -> logits_TE: changes selection and weights

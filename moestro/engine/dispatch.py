@@ -19,8 +19,9 @@ from moestro.engine.cache import ExpertCache
 from moestro.engine.prefetch import Glimpse, Prefetcher
 from moestro.engine.table import Moment, needed
 from moestro.kernels.combine import combine
-from moestro.kernels.ffn import ExpertView, grouped_ffn
+from moestro.kernels.ffn import ExpertView, activate, grouped_ffn
 from moestro.kernels.permute import sort_pairs
+from moestro.layers.taps.compressed_experts import Scales
 
 
 class Dispatch:
@@ -39,6 +40,7 @@ class Dispatch:
         moment: Moment,
         glimpse: Glimpse | None = None,
         meanwhile: Callable[[], None] | None = None,
+        scales: Scales | None = None,
     ) -> np.ndarray:
         """y_TD: float32, the weighted sum of the outputs of MoE layer moment.layer's routed experts.
 
@@ -48,12 +50,13 @@ class Dispatch:
             weights_TK: float32.
             glimpse: what may be known of the next layer, for the predictor.
             meanwhile: something else to compute, called when the first reads have been started.
+            scales: what multiplies the experts' inputs and neurons, where compressed experts ask for it; computed in numpy.
         """
         facts, cache = self.layers[moment.layer], self.cache
         ahead = cache.table.room(moment.layer) > 1  # with one slot the next wave needs it
         with closing(cache.waves(needed(moment.layer, experts_TK), moment)) as leases:
             lease = next(leases)
-            work = _Work(facts, x_TD, experts_TK, weights_TK, self.threads)
+            work = _Work(facts, x_TD, experts_TK, weights_TK, self.threads, scales)
             while True:
                 if lease.last and self.prefetcher is not None:
                     cache.fetch(self.prefetcher.routed(experts_TK, moment, glimpse), moment, urgent=False)
@@ -79,8 +82,16 @@ class Dispatch:
 class _Work:
     """The pairs of one layer and pass, sorted by expert. Their output rows lie in the order in which the experts came."""
 
-    def __init__(self, facts: LayerFacts, x_TD: np.ndarray, experts_TK: np.ndarray, weights_TK: np.ndarray, threads: int) -> None:
-        self.facts, self.x_TD, self.threads = facts, x_TD, threads
+    def __init__(
+        self,
+        facts: LayerFacts,
+        x_TD: np.ndarray,
+        experts_TK: np.ndarray,
+        weights_TK: np.ndarray,
+        threads: int,
+        scales: Scales | None = None,
+    ) -> None:
+        self.facts, self.x_TD, self.threads, self.scales = facts, x_TD, threads, scales
         self.pairs = sort_pairs(experts_TK, weights_TK, facts.num_experts)
         self.starts = self.pairs.starts_E1.tolist()
         self.out_ND = np.empty((len(self.pairs.token_N), facts.spec.d_model), np.float32)
@@ -100,6 +111,9 @@ class _Work:
             came.append(slice(first, stop))
         self.came += came
         self.done += ends[-1]
+        if self.scales is not None:
+            self._scaled(batch, begin, self.scales)
+            return
         grouped_ffn(
             self.x_TD,
             _picked(self.pairs.token_N, came),
@@ -113,6 +127,21 @@ class _Work:
             input_weight_N=_picked(self.pairs.weight_N, came) if spec.weigh_input else None,
         )
 
+    def _scaled(self, batch: list[tuple[ExpertKey, ExpertView]], begin: int, scales: Scales) -> None:
+        """As grouped_ffn, with each token's scales; one expert in float32 at a time."""
+        spec = self.facts.spec
+        for key, view in batch:
+            token_n = self.pairs.token_N[self.starts[key.expert] : self.starts[key.expert + 1]]
+            x_nD, end = self.x_TD[token_n], begin + len(token_n)
+            gate_nF = None
+            if view.gate is not None:
+                gate_nF = (x_nD * scales.gate_TD[token_n]) @ view.gate.dequantise().T + _bias(view.gate_bias)
+            up_scale_TD = scales.gate_TD if view.gate is None else scales.up_TD
+            up_nF = (x_nD * up_scale_TD[token_n]) @ view.up.dequantise().T + _bias(view.up_bias)
+            hidden_nF = activate(gate_nF, up_nF, spec.activation, spec.limit, spec.alpha) * scales.hidden_TF[token_n]
+            self.out_ND[begin:end] = hidden_nF @ view.down.dequantise().T + _bias(view.down_bias)
+            begin = end
+
     def sum(self) -> np.ndarray:
         """y_TD, when every expert has come."""
         token_N, slot_N, weight_N = (
@@ -125,6 +154,10 @@ class _Work:
 
 def _picked(part_N: np.ndarray, came: list[slice]) -> np.ndarray:
     return part_N[came[0]] if len(came) == 1 else np.concatenate([part_N[some] for some in came] or [part_N])
+
+
+def _bias(bias: np.ndarray | None) -> np.ndarray | float:
+    return 0.0 if bias is None else bias
 
 
 def _by_expert(item: tuple[ExpertKey, ExpertView]) -> int:

@@ -16,6 +16,7 @@ from moestro.core.errors import InputError, PlanError
 from moestro.core.experts import ExpertKey, ExpertWeights
 from moestro.core.layer import LayerRecord, ModelFacts, RunnerOutput
 from moestro.core.plans.residency import ResidencyPlan
+from moestro.core.plans.tasks import TaskPlan
 from moestro.core.routing import Routing
 from moestro.core.trace import Trace
 from moestro.engine import memory as accounting
@@ -38,6 +39,7 @@ from moestro.models.checkpoint import Checkpoint
 from moestro.models.codecs.coded import changes_said
 from moestro.models.codecs.encode import PLANES, ROUNDED
 from moestro.models.layout import Layout
+from moestro.models.taps import RoutingTaps
 
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 
@@ -59,6 +61,7 @@ class Engine:
         store: ExpertStore | None = None,
         threads: int | None = None,
         trace: bool = False,
+        tasks: TaskPlan | None = None,
     ) -> None:
         plan.check(layout.facts)
         self.checkpoint, self.layout, self.plan = checkpoint, layout, plan
@@ -79,6 +82,10 @@ class Engine:
         eviction = eviction_factory(plan.eviction, plan.eviction_options)
         table = SlotTable(plan.slots, plan.scope, eviction, layers=len(self.facts.layers), pinned=plan.pinned)
         prefetcher = self._prefetcher(table)
+        self.taps = RoutingTaps.of(checkpoint)
+        self.tasks, self.task = tasks, ""
+        if tasks is not None:
+            tasks.check(layout.facts)
         self.changes, self.packed = self._changes(), self._packed()
         self.recorder = Recorder(self.facts, {"method": plan.method, "dtype": plan.dtype}) if trace else None
         self._step, self._prefilling, self._watched, self._inputs = 0, False, False, False
@@ -109,6 +116,7 @@ class Engine:
         threads: int | None = None,
         trace: bool = False,
         planes: int = 0,
+        tasks: TaskPlan | None = None,
         **options: Any,
     ) -> Self:
         """Open a checkpoint and load its trunk.
@@ -121,6 +129,7 @@ class Engine:
             threads: of the arithmetic; by default the cores this process may use.
             trace: record what is routed; see `trace`.
             planes: at most so many bits of each nested expert; see `limit`.
+            tasks: each prompt then runs with the experts of the nearest task alone; one prompt at a time.
             options: for `plan_residency` (context, batch, chunk, dtype, eviction, predictor, trunk, ...).
 
         Raises:
@@ -162,7 +171,7 @@ class Engine:
                 options.setdefault("chunk", min(options.get("context") or 2048, layout.facts.context))
             budget = memory if memory is not None else accounting.available() * 9 // 10 + accounting.usage().resident
             plan = plan_residency(checkpoint, layout, budget, **options)
-        engine = cls(checkpoint, layout, plan, store=store, threads=threads, trace=trace)
+        engine = cls(checkpoint, layout, plan, store=store, threads=threads, trace=trace, tasks=tasks)
         if planes:
             try:
                 engine.limit(planes)
@@ -223,12 +232,22 @@ class Engine:
             out.append(ROUNDED)
         if self.plan.precision is not None and self.plan.precision.bound:
             out.append(self.plan.precision.summary())
+        if self.taps is not None:
+            out.append(self.taps.said)
+        if self.task:
+            out.append(f"routers choose among the experts of the task {self.task!r} alone")
         return tuple(dict.fromkeys(out))
 
     def _packed(self) -> str:
         """A packed folder is a model of its own: its experts with all their bits and the trunk beside them, or the checkpoint's."""
         store = self.store
-        if not isinstance(store, PackedStore) or self.plan.trunk_codec != store.trunk_codec or store.cut:
+        if (
+            not isinstance(store, PackedStore)
+            or self.taps is not None
+            or self.task
+            or self.plan.trunk_codec != store.trunk_codec
+            or store.cut
+        ):
             return ""
         return str(store.folder)
 
@@ -269,9 +288,12 @@ class Engine:
             elif self.recorder is not None:
                 self.recorder.layer(ordinal, experts_TK[:0], weights_TK[:0])
             return y_TD
+        scales = None
+        if self.taps is not None:
+            experts_TK, weights_TK, scales = self.taps(ordinal, x_TD, experts_TK, weights_TK)
         experts_TK = demanded(experts_TK, weights_TK)
         moment = Moment(self._step, ordinal, self._prefilling)
-        y_TD = self.dispatch.run(x_TD, experts_TK, weights_TK, moment, self._glimpse(ordinal, x_TD), meanwhile)
+        y_TD = self.dispatch.run(x_TD, experts_TK, weights_TK, moment, self._glimpse(ordinal, x_TD), meanwhile, scales)
         if self.recorder is not None:
             self.recorder.layer(ordinal, experts_TK, weights_TK)
         if self._watched:
@@ -285,7 +307,7 @@ class Engine:
         """One token's experts if all are in memory, with everything that the seam does but the arithmetic."""
         if self.stop.is_set():
             raise KeyboardInterrupt
-        if self._watched or not weights_1K.all():
+        if self._watched or self.taps is not None or not weights_1K.all():
             return None
         views = self.dispatch.resident(experts_1K, Moment(self._step, ordinal, self._prefilling), self._glimpse(ordinal, x_1D))
         if views is not None and self.recorder is not None:
@@ -296,7 +318,9 @@ class Engine:
         """Where the trunk may find experts by itself; None when it has to ask layer by layer."""
         if self.stop.is_set():
             raise KeyboardInterrupt
-        return None if self._watched or self.dispatch.prefetcher is not None else self.cache.shelf
+        if self._watched or self.taps is not None or self.dispatch.prefetcher is not None:
+            return None
+        return self.cache.shelf
 
     def _used(self, ordinals: Sequence[int], experts_LK: np.ndarray, weights_LK: np.ndarray) -> None:
         """Layers for which the trunk found its one token's experts by itself: what the seam does but the arithmetic."""
@@ -366,6 +390,8 @@ class Engine:
         self.checkpoint.unchanged()
         self.store.check()
         self.cache.reset()
+        if self.taps is not None:
+            self.taps.reset()
         self.stop.clear()
 
     def pieces(self, length: int, batch: int) -> list[slice]:
@@ -403,9 +429,25 @@ class Engine:
         """
         several = _several(prompts)
         params = params or SamplingParams()
+        if self.tasks is not None:
+            if len(several) > 1:
+                raise InputError(
+                    f"{len(several)} prompts and tasks", expected="one prompt at a time", fix="ask one after another"
+                )
+            self._retrieve(self._ids(several[0]))
         if params.stop and not text:
             raise InputError("stop strings are given, but no text is made", fix="leave out text=False")
         return Generation(self, [self._ids(prompt) for prompt in several], params, text=text)
+
+    def _retrieve(self, ids: list[int]) -> None:
+        """Open the experts of the task that is nearest to a prompt, and no others."""
+        assert self.tasks is not None
+        if not ids or not 0 <= min(ids) <= max(ids) < self.facts.vocabulary:
+            return  # the generation says what is wrong with it
+        found = self.tasks.nearest(self.trunk.glance(np.asarray(ids, np.int64)[None]))
+        self.trunk.restrict(found.kept)
+        self.task = found.name
+        self.changes, self.packed = self._changes(), self._packed()
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

@@ -53,7 +53,7 @@ class Statistics:
 
     decode_tokens: tokens that came from decode passes (each sequence's first token comes from prefill).
     exact: every number is the checkpoint's; else `changes` says what is not. packed: the folder of packed weights whose numbers
-    all were used as they are, '' without one.
+    all were used as they are, '' without one. routed, skipped: chosen experts, and how many of them taps on the routing left out.
     """
 
     prompt_tokens: int
@@ -72,11 +72,13 @@ class Statistics:
     changes: tuple[str, ...]
     forecast: Forecast | None
     packed: str = ""
+    routed: int = 0
+    skipped: int = 0
 
     @classmethod
     def total(cls, several: Sequence[Statistics]) -> Statistics:
         """One account of several generations of one engine, in their order. Hit rates are means over tokens."""
-        counts = ("prompt_tokens", "generated_tokens", "decode_tokens")
+        counts = ("prompt_tokens", "generated_tokens", "decode_tokens", "routed", "skipped")
         sums = (*counts, "prefill_seconds", "decode_seconds", "prefill_bytes", "decode_bytes")
         summed: dict[str, float] = {name: sum(getattr(one, name) for one in several) for name in sums}
         for rate, tokens in (("prefill_hit_rate", "prompt_tokens"), ("decode_hit_rate", "decode_tokens")):
@@ -115,6 +117,10 @@ class Statistics:
             lines.append(
                 f"predicted {f.tokens_per_second_low:.1f}-{f.tokens_per_second_high:.1f} tokens/s at {100 * f.hit_rate:.0f} % hits, "
                 f"measured {self.decode_rate:.1f} at {100 * self.decode_hit_rate:.0f} %"
+            )
+        if self.routed:
+            lines.append(
+                f"{self.skipped} of {self.routed} chosen experts were skipped ({100 * self.skipped / self.routed:.1f} %)"
             )
         lines.append("EXACT: every number is the checkpoint's" if self.exact else "SHRUNK: " + "; ".join(self.changes))
         if self.packed and not self.exact:
@@ -326,4 +332,6 @@ class Generation:
             changes=changes,
             forecast=engine.plan.forecast,
             packed=engine.packed,
+            routed=engine.taps.shown if engine.taps is not None else 0,
+            skipped=engine.taps.shown - engine.taps.left if engine.taps is not None else 0,
         )

@@ -17,7 +17,7 @@ from moestro.core.layer import LayerFacts
 from moestro.engine.attention_cache import DTYPES, SequenceCache
 from moestro.engine.native_attention import GroupedAttention, LatentAttention, Scratch, Step
 from moestro.engine.native_layer import NativeLayer, NativeRouter
-from moestro.engine.trunk import Seam, State
+from moestro.engine.trunk import Enough, Kept, Seam, State, closed
 from moestro.kernels.ffn import ExpertView, grouped_ffn
 from moestro.kernels.linear import linear
 from moestro.kernels.norm import add_rms_norm, rms_norm
@@ -103,6 +103,7 @@ class NativeTrunk:
         self.dtype = own if dtype == "auto" else dtype
         assert self.dtype in DTYPES
         self.watch: Watch | None = None
+        self._closed: list[np.ndarray] = []
         self.decoder: Decoder = describe(checkpoint, layout)
         self._turns_R = np.tile(self.decoder.rope.frequency_R, 2)  # both halves of a head turn alike
         weights = Weights(checkpoint, matrices(self.decoder), parse_trunk_codec(codec), packed)
@@ -209,7 +210,7 @@ class NativeTrunk:
             x_ND *= np.float32(decoder.embedding_scale)
         normed_ND, y_ND = step.scratch.take("normed", rows, width), step.scratch.take("y", rows, width)
         rms_norm(x_ND, self._layers[0].input_norm, decoder.eps, out_TD=normed_ND)
-        alone = self.watch is None and rows == len(step.sequences) == 1
+        alone = self.watch is None and not self._closed and rows == len(step.sequences) == 1
         if alone and self.stack is not None and self.resident is not None and (shelf := self.resident.shelf()) is not None:
             self._climb(self.stack, shelf, x_ND, normed_ND, step, y_ND)
             return normed_ND
@@ -233,6 +234,8 @@ class NativeTrunk:
             self._dense(layer, x_ND, step, out_ND)
             return out_ND
         logits_NE = router.logits(x_ND, step.scratch.take("logits", len(x_ND), router.weight.rows), step.threads)
+        if self._closed:
+            logits_NE[:, self._closed[router.facts.ordinal]] = -np.inf
         if self.watch is not None:
             self.watch(logits_NE, residual_ND)
         return self._routed(layer, x_ND, *route(logits_NE, router.facts, router.choice), step, out_ND)
@@ -323,7 +326,29 @@ class NativeTrunk:
         """ids_TW: the `width` experts that layer `ordinal`'s router likes best for x_TD, best first."""
         router = self._routers[ordinal]
         scores_TE = liked(router.logits(x_TD, threads=self.threads), router.facts, router.choice)
+        if self._closed:
+            scores_TE[:, self._closed[ordinal]] = -np.inf
         return topk(scores_TE, min(width, scores_TE.shape[1]))[0]
+
+    def restrict(self, kept: Kept | None) -> None:
+        """The routers of one token at a time then take the general way, not the two native calls."""
+        self._closed = [] if kept is None else closed(self.layout.facts, kept)
+
+    def glance(self, tokens_1T: np.ndarray) -> np.ndarray:
+        found: list[np.ndarray] = []
+
+        def first(logits_NE: np.ndarray, residual_ND: np.ndarray) -> None:
+            found.append(logits_NE.copy())
+            raise Enough
+
+        self._closed, self.watch = [], first
+        try:
+            self.forward(tokens_1T, self.start(1, tokens_1T.shape[1]))
+        except Enough:
+            pass
+        finally:
+            self.watch = None
+        return found[0]
 
 
 def _view(mlp: Mlp, weights: Weights) -> ExpertView:

@@ -6,14 +6,16 @@ Shapes: B sequences, T tokens of one pass (B x T rows at the seam, sequence by s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from moestro.core.errors import UnsupportedModel
+from moestro.core.layer import ModelFacts
 from moestro.kernels.topk import topk
 from moestro.models.checkpoint import Checkpoint
 from moestro.models.layout import Layout
@@ -24,6 +26,13 @@ if TYPE_CHECKING:
 # fn(ordinal, x_TD float32, experts_TK int64, weights_TK float32, valid_T bool or None, meanwhile) -> y_TD float32. The native
 # trunk gives `meanwhile`, what else the layer computes: it is called once, when reads of missing experts are on their way.
 Seam = Callable[..., np.ndarray]
+
+
+Kept = Sequence[Sequence[int]]  # of each MoE layer the experts that are open
+
+
+class Enough(Exception):
+    """Ends a pass when what was wanted is known."""
 
 
 @dataclass(slots=True)
@@ -64,6 +73,14 @@ class Trunk(Protocol):
         """ids_TW: the `width` experts that layer `ordinal`'s router likes best for x_TD, best first; None without such a router."""
         ...
 
+    def restrict(self, kept: Kept | None) -> None:
+        """From now on the routers choose among these experts alone: their logits are -inf outside. None: among all."""
+        ...
+
+    def glance(self, tokens_1T: np.ndarray) -> np.ndarray:
+        """logits_TE of the first MoE layer's router, before any restriction; nothing beyond is computed and no expert is asked for."""
+        ...
+
 
 class TransformersTrunk:
     """transformers' model of the checkpoint's family, its experts replaced by a call of `seam`.
@@ -77,6 +94,8 @@ class TransformersTrunk:
         self.seam, self.layout = seam, layout
         self._valid_T: np.ndarray | None = None
         self._continues: bool | None = None
+        self._open = ExitStack()
+        self._closed: list[np.ndarray] = []
         self.module = build_trunk(checkpoint, layout, dtype, self._experts)
         self.module.eval()
         if getattr(self.module.config, "output_router_logits", False):
@@ -189,8 +208,46 @@ class TransformersTrunk:
             if choice_E is not None:
                 sigmoid = self.layout.facts.layers[ordinal].router.score == "sigmoid"
                 scores_TE = (scores_TE.sigmoid() if sigmoid else scores_TE.softmax(-1)) + choice_E
+            if self._closed:
+                scores_TE[:, self._closed[ordinal]] = float("-inf")
             ids_TW, _ = topk(scores_TE.numpy(), min(width, scores_TE.shape[1]))
         return ids_TW
+
+    def restrict(self, kept: Kept | None) -> None:
+        import torch
+
+        from moestro.core.routing import RouteContext, Tap
+
+        self._open.close()
+        self._closed = [] if kept is None else closed(self.layout.facts, kept)
+        for wire, shut_E in zip(self._wires, self._closed):
+            mask_E = torch.from_numpy(shut_E)
+            taps = (Tap("logits", lambda logits, ctx, mask_E=mask_E: logits.masked_fill(mask_E, float("-inf"))),)
+            self._open.enter_context(wire.tapped(taps, RouteContext()))
+
+    def glance(self, tokens_1T: np.ndarray) -> np.ndarray:
+        def enough(*args: Any) -> np.ndarray:
+            raise Enough
+
+        seam, self.seam, wires = self.seam, enough, self._wires
+        self.restrict(None)
+        try:
+            self.forward(tokens_1T, self.start(1, tokens_1T.shape[1]))
+        except Enough:
+            pass
+        finally:
+            self.seam = seam
+        logits_TE = wires[0].logits_TE
+        if logits_TE is None:
+            raise UnsupportedModel("the first router's logits cannot be seen", expected="a router with a linear map")
+        return logits_TE.float().numpy()
+
+    @cached_property
+    def _wires(self) -> list[Any]:
+        from moestro.models.live import seams
+        from moestro.models.router import Wire
+
+        return [Wire(seam) for seam in seams(self.module, self.layout)]
 
     @cached_property
     def _routers(self) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None]:
@@ -209,6 +266,18 @@ class TransformersTrunk:
                 bias = None
             out.append(None if weight is None else (weight, bias, None if choice is None else choice.reshape(-1).float()))
         return out
+
+
+def closed(facts: ModelFacts, kept: Kept) -> list[np.ndarray]:
+    """bool_E of each layer: the experts that are not kept. Raises UnsupportedModel for routers that would choose them all the same."""
+    for la in facts.layers:
+        if la.router.score not in ("softmax", "logits") or la.router.groups > 1 or la.router.selection_bias:
+            raise UnsupportedModel(
+                f"the routers of this {facts.family} choose by more than their logits",
+                expected="a softmax without groups and bias",
+                fix="write a model of the task's experts: moestro plan premoe",
+            )
+    return [~np.isin(np.arange(la.num_experts), ids) for la, ids in zip(facts.layers, kept, strict=True)]
 
 
 def has_recurrent_states(checkpoint: Checkpoint) -> bool:

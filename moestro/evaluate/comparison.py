@@ -19,12 +19,14 @@ Origins = Sequence[Sequence[Sequence[int]]]  # of each layer and new expert, the
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """quality: of the changed model, with KL to the original; reference: of the original. agreement: share of the original's choices
-    that the changed model makes too, one that went into a merged expert counting as made; agreement_L: by layer."""
+    that the changed model makes too, one that went into a merged expert counting as made; agreement_L: by layer. skipped: the share of
+    the changed model's slots that stayed empty beyond the original's."""
 
     quality: Quality
     reference: Quality
     agreement: float
     agreement_L: tuple[float, ...]
+    skipped: float = 0.0
 
     @property
     def kl_error(self) -> float:
@@ -44,8 +46,10 @@ def compare(changed: Runner, original: Runner, sequences: Sequence[list[int]], o
             same, total = _agreeing(new, old, origins[layer])
             same_L[layer] += same
             total_L[layer] += total
+    ran, could = (sum(int((_numpy(r.routing.experts_TK) >= 0).sum()) for rs in run.records for r in rs) for run in (seen, told))
     shares = tuple(same / max(1, total) for same, total in zip(same_L, total_L, strict=True))
-    return Comparison(quality, Quality(np.concatenate(told.nll)), sum(same_L) / max(1, sum(total_L)), shares)
+    reference, agreement = Quality(np.concatenate(told.nll)), sum(same_L) / max(1, sum(total_L))
+    return Comparison(quality, reference, agreement, shares, max(0.0, 1 - ran / max(1, could)))
 
 
 class _Replayed:

@@ -93,6 +93,7 @@ class StagedRouter(nn.Module):
         ctx = replace(ctx, notes={})
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.float()
+            ctx = replace(ctx, x_TD=x_TD)
             logits_TE = self._tapped("logits", self.score(x_TD, ctx), ctx)
             if bool(torch.isnan(logits_TE.detach().sum())) and bool(torch.isnan(logits_TE).any()):
                 raise InputError(

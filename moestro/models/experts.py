@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moestro.core.errors import UnsupportedModel
 from moestro.core.experts import ExpertSpec, ExpertWeights
 from moestro.core.routing import Routing
+from moestro.layers.taps.compressed_experts import Scales
 from moestro.models.checkpoint import Checkpoint, check_finite
 from moestro.models.layout import Layout
 from moestro.models.live import Seam
@@ -100,8 +101,13 @@ def read_expert(checkpoint: Checkpoint, layout: Layout, key: Any) -> ExpertWeigh
     return weights
 
 
-def run_experts(x_TD: torch.Tensor, routing: Routing, weights: Any, spec: ExpertSpec, num: int) -> torch.Tensor:
-    """y_TD: the routed experts' outputs, weighted and summed; `weights(e)` gives an expert's. A token without experts gets 0."""
+def run_experts(
+    x_TD: torch.Tensor, routing: Routing, weights: Any, spec: ExpertSpec, num: int, scales: Scales | None = None
+) -> torch.Tensor:
+    """y_TD: the routed experts' outputs, weighted and summed; `weights(e)` gives an expert's. A token without experts gets 0.
+
+    scales: what multiplies each token's inputs and neurons.
+    """
     import torch
 
     pairs = routing.pairs(num)
@@ -110,7 +116,12 @@ def run_experts(x_TD: torch.Tensor, routing: Routing, weights: Any, spec: Expert
     if spec.weigh_input:
         rows_ND = rows_ND * scale_N1
     starts = pairs.starts_E1.tolist()
-    out = [feed_forward(rows_ND[a:b], weights(e), spec) for e, (a, b) in enumerate(itertools.pairwise(starts)) if b > a]
+    rows = (
+        [None] * len(starts)
+        if scales is None
+        else [Scales(*(s[pairs.token_N[a:b]] for s in scales)) for a, b in itertools.pairwise(starts)]
+    )
+    out = [feed_forward(rows_ND[a:b], weights(e), spec, rows[e]) for e, (a, b) in enumerate(itertools.pairwise(starts)) if b > a]
     y_TD = torch.zeros_like(x_TD)
     if not out:
         return y_TD
@@ -118,10 +129,15 @@ def run_experts(x_TD: torch.Tensor, routing: Routing, weights: Any, spec: Expert
     return y_TD.index_add(0, pairs.token_N, out_ND if spec.weigh_input else out_ND * scale_N1)
 
 
-def feed_forward(x_TD: torch.Tensor, w: ExpertWeights, spec: ExpertSpec) -> torch.Tensor:
-    """y_TD of one expert, unweighted; the arithmetic that `ExpertSpec` defines."""
+def feed_forward(x_TD: torch.Tensor, w: ExpertWeights, spec: ExpertSpec, scales: Scales | None = None) -> torch.Tensor:
+    """y_TD of one expert, unweighted; the arithmetic that `ExpertSpec` defines. scales: of these tokens."""
     import torch.nn.functional as F
 
+    if scales is not None:
+        first_TD, up_TD = (x_TD * s.to(x_TD.dtype) for s in (scales.gate_TD, scales.up_TD))
+        gate_TF = F.linear(first_TD, w.gate_FD, w.gate_F) if w.gate_FD is not None else None
+        hidden_TF = gated(gate_TF, F.linear(first_TD if gate_TF is None else up_TD, w.up_FD, w.up_F), spec)
+        return F.linear(hidden_TF * scales.hidden_TF.to(x_TD.dtype), w.down_DF, w.down_D)
     gate_TF = F.linear(x_TD, w.gate_FD, w.gate_F) if w.gate_FD is not None else None
     return F.linear(gated(gate_TF, F.linear(x_TD, w.up_FD, w.up_F), spec), w.down_DF, w.down_D)
 

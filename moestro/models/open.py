@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 from moestro.core.errors import InputError
 from moestro.core.experts import ExpertKey, Experts, ExpertWeights
 from moestro.core.layer import LayerFacts, LayerRecord, ModelFacts, RunnerOutput
-from moestro.core.routing import RouteContext, Router, Routing
+from moestro.core.plans.compression import TapUse
+from moestro.core.routing import RouteContext, Router, Routing, Tap
+from moestro.layers.taps.compressed_experts import CompressedExperts
 from moestro.models.checkpoint import Checkpoint
-from moestro.models.experts import Stacked
+from moestro.models.experts import Stacked, run_experts
 from moestro.models.families import describe
 from moestro.models.layout import Layout
 from moestro.models.live import Seam, load_trunk, seams, skeleton
 from moestro.models.router import LiveRouter, Wire, without_experts
+from moestro.models.taps import make_taps, read_taps
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +41,9 @@ def open_model(model: str | Path | Checkpoint, dtype: str = "auto") -> Model:
     for seam in found:
         Stacked(seam).fill(checkpoint, layout, seam.facts.ordinal)
     load_trunk(module, checkpoint, layout)
-    return Model(checkpoint, layout, module, found)
+    opened = Model(checkpoint, layout, module, found)
+    opened.tap(read_taps(checkpoint))
+    return opened
 
 
 class LiveLayer:
@@ -51,6 +56,7 @@ class LiveLayer:
         self._router: Router = self._own
         self._experts: Experts = Stacked(seam)
         self._watchers: dict[object, Watcher] = {}
+        self.scaling: CompressedExperts | None = None  # what changes the experts that run by those that do not
         self.context = RouteContext(layer=seam.facts.ordinal)
         seam.connect(self._answer)
 
@@ -79,7 +85,7 @@ class LiveLayer:
 
     def run(self, x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
         """y_TD: the routed experts' weighted sum, plus the shared experts."""
-        y_TD, shared = self._experts.run(x_TD, routing), self.shared
+        (_, y_TD), shared = self._routed(x_TD, routing), self.shared
         return y_TD if shared is None else y_TD + shared(x_TD)
 
     def replace(self, *, router: Router | None = None, experts: Experts | None = None) -> None:
@@ -93,13 +99,20 @@ class LiveLayer:
         self._watchers[token] = fn
         return lambda: self._watchers.pop(token, None) and None
 
+    def _routed(self, x_TD: torch.Tensor, routing: Routing) -> tuple[Routing, torch.Tensor]:
+        """The experts that run, and their weighted sum."""
+        if self.scaling is None:
+            return routing, self._experts.run(x_TD, routing)
+        main, scales = self.scaling.split(routing)
+        return main, run_experts(x_TD, main, self._experts.weights, self.facts.spec, self._experts.num, scales)
+
     def _answer(self, x_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """The module's own call of its experts."""
         if self._router is self._own:
             routing = Routing(index_TK, weights_TK, self._wire.logits_TE, self._wire.probs() if self._watchers else None)
         else:
             routing = self._router(x_TD, replace(self.context, training=bool(self._seam.block.training)))
-        y_TD = self._experts.run(x_TD, routing)
+        routing, y_TD = self._routed(x_TD, routing)
         for fn in list(self._watchers.values()):
             fn(self.facts.ordinal, x_TD, routing, y_TD)
         return y_TD
@@ -158,6 +171,15 @@ class Model:
     def weights(self, key: ExpertKey) -> ExpertWeights:
         """One expert as it is used now, also after `replace`."""
         return self.layers[key.layer].experts.weights(key.expert)
+
+    def tap(self, uses: Sequence[tuple[TapUse, ...]]) -> None:
+        """From now on each layer's routing passes these taps too; none for (). Learned ones read the checkpoint's folder."""
+        for layer, taps in zip(self.layers, uses):
+            for tap in make_taps(taps, self.checkpoint.path):
+                if tap.point == "experts":
+                    layer.scaling = tap
+                else:
+                    layer.replace(router=layer.router.tapped(Tap(tap.point, tap)))
 
     def show_attention(self) -> None:
         """From now on attention is computed with its weights at hand, plainly and slower, and records with inputs hold `sink_TH`."""

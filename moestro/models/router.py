@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moestro.core.errors import UnsupportedModel
@@ -109,6 +110,7 @@ class LiveRouter:
         return LiveRouter(self._seam, self._wire, self.taps + taps)
 
     def __call__(self, x_TD: torch.Tensor, ctx: RouteContext) -> Routing:
+        ctx = replace(ctx, x_TD=x_TD)
         with self._wire.tapped(self.taps, ctx):
             index_TK, weights_TK = decide(self._seam, x_TD)
         return self.edited(Routing(index_TK, weights_TK, self._wire.logits_TE, self._wire.probs()), ctx)

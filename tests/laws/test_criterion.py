@@ -14,15 +14,16 @@ from moestro.core.errors import InputError, ProfileError
 from moestro.core.experts import ExpertSpec, ExpertWeights
 from moestro.core.layer import LayerFacts, RouterFacts
 from moestro.core.method import load
+from moestro.core.routing import RouteContext, Routing
 from tests.laws.cards import cards
 from tests.profile.make import layer, profile
 
 E, F = 8, 16
-CRITERIA, SEARCHES, BUDGETS, GROUPS, FUSES, NEURONS, SPARSE = (
+CRITERIA, SEARCHES, BUDGETS, GROUPS, FUSES, NEURONS, SPARSE, SKIPS = (
     [card.name for card in cards(f"moestro.compress.{package}", kind)]
     for package, kind in (
         ("criteria", "criterion"), ("search", "search"), ("budget", "budget"), ("group", "group"), ("fuse", "fuse"),
-        ("neurons", "neurons"), ("sparsify", "sparsify"),
+        ("neurons", "neurons"), ("sparsify", "sparsify"), ("skip", "skip"),
     )
 )  # fmt: skip
 
@@ -57,7 +58,7 @@ def made(seed: int = 0, idle: tuple[int, ...] = ()):
 
 def test_the_catalogue_is_walked():
     assert {"compress.criteria.reap", "compress.criteria.frequency"} <= set(CRITERIA) and all(
-        (SEARCHES, BUDGETS, GROUPS, FUSES, NEURONS, SPARSE)
+        (SEARCHES, BUDGETS, GROUPS, FUSES, NEURONS, SPARSE, SKIPS)
     )
 
 
@@ -268,3 +269,25 @@ def test_low_rank_and_the_rows_it_misses():
     assert exact.sum() == 3
     with pytest.raises(InputError):
         fn(w_RC, np.ones(10), rank=0)
+
+
+@pytest.mark.parametrize("name", SKIPS)
+@pytest.mark.parametrize("renormalised", [True, False])
+def test_skips_give_every_layer_a_tap_that_leaves_the_heaviest(name, renormalised):
+    rng = np.random.default_rng(0)
+    arrays = {"weight_ratios_LKR": rng.integers(0, 9, (2, 3, 1024)), "rank_mass_LK": np.sort(rng.random((2, 3)))[:, ::-1]}
+    found = profile(arrays, layers=(layer(E, 3), layer(E, 3)))
+    facts = [LayerFacts(i, i, E, 3, ExpertSpec(32, F), RouterFacts("softmax", renormalised=renormalised)) for i in range(2)]
+    made = load(name, "skip")([LayerStats(found, i) for i in range(2)], facts)
+    assert made == load(name, "skip")([LayerStats(found, i) for i in range(2)], facts) and len(made) == 2
+    weights_TK = rng.random((30, 3)).astype(np.float32)
+    ids_TK = np.stack([rng.permutation(E)[:3] for _ in range(30)])
+    for use, share in made:
+        assert share is None or 0 <= share < 1
+        after = load(use.tap, "tap")(None, **use.settings)(Routing(ids_TK, weights_TK), RouteContext())
+        assert (np.take_along_axis(after.experts_TK, weights_TK.argmax(1)[:, None], 1) >= 0).all(), "the heaviest stays"
+        assert ((after.experts_TK == ids_TK) | (after.experts_TK < 0)).all(), "nothing is added"
+        if renormalised:
+            np.testing.assert_allclose(after.weights_TK.sum(1), weights_TK.sum(1), rtol=1e-5)
+        else:
+            assert ((after.weights_TK == weights_TK) | (after.weights_TK == 0)).all()

@@ -64,17 +64,27 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class TapUse:
+    """A tap on a layer's routing when the model runs: it skips experts. tap: catalogue name; settings: its options."""
+
+    tap: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class LayerChange:
     """One MoE layer. ordinal: its place among the MoE layers. rows: of the new router; () means slot i keeps the row of its first source.
 
     Several rows may lead to one slot: the file then holds the slot once for each of them, as transformers has no other form.
     loss: what the method expects to lose here, in the unit that the plan's `loss_unit` names; None when it says nothing.
+    taps: what skips experts when the model runs, in turn; moestro's runners obey them, other readers of the folder run every expert.
     """
 
     ordinal: int
     slots: tuple[Slot, ...]
     rows: tuple[Row, ...] = ()
     loss: float | None = None
+    taps: tuple[TapUse, ...] = ()
 
     @property
     def routed(self) -> tuple[Row, ...]:
@@ -85,7 +95,8 @@ class LayerChange:
 @dataclass(frozen=True, slots=True)
 class Judged:
     """What the result does to a text, against the original: perplexities, KL divergence in nats per token with its standard error,
-    and how many of the original's expert choices the result makes too (kept experts under their old names; 0 to 1)."""
+    and how many of the original's expert choices the result makes too (kept experts under their old names; 0 to 1).
+    skipped: the share of a token's experts that did not run."""
 
     data: str
     tokens: int
@@ -94,6 +105,7 @@ class Judged:
     kl: float
     kl_error: float
     agreement: float
+    skipped: float = 0.0
 
     @property
     def loss(self) -> float:
@@ -196,6 +208,9 @@ class CompressionPlan(Plan):
             at = sum(i in s.encodings for la in self.layers for s in la.slots)
             trunk = sum(i in numbers for numbers in self.tensors.values())
             lines.append(f"{e.method} ({e.codec}) on {at} experts and {trunk} other tensors")
+        for name in dict.fromkeys(tap.tap for la in self.layers for tap in la.taps):
+            at = sum(any(tap.tap == name for tap in la.taps) for la in self.layers)
+            lines.append(f"{name} skips experts when the model runs, in {at} layers; only moestro obeys it")
         if self.protected:
             lines.append("protected: " + ", ".join(f"layer {k.layer} expert {k.expert}" for k in self.protected))
         losses = [la.loss for la in self.layers if la.loss is not None]
@@ -206,6 +221,7 @@ class CompressionPlan(Plan):
             lines.append(
                 f"measured on {j.tokens} tokens of {j.data}: perplexity {j.perplexity:.4f}, original {j.reference:.4f} "
                 f"({100 * j.loss:+.2f} %), KL {j.kl:.4f} (standard error {j.kl_error:.4f}), routing agreement {100 * j.agreement:.1f} %"
+                + (f", {100 * j.skipped:.1f} % of the experts skipped" if j.skipped else "")
             )
         return "\n".join(lines)
 
@@ -286,7 +302,8 @@ def _layer(data: dict[str, Any]) -> LayerChange:
     slots = tuple(
         Slot(**slot | _numbers(slot) | {"alignments": tuple(map(_whole, slot.get("alignments", ())))}) for slot in data["slots"]
     )
-    return LayerChange(int(data["ordinal"]), slots, rows, None if loss is None else float(loss))
+    taps = tuple(TapUse(str(tap["tap"]), dict(tap.get("settings", {}))) for tap in data.get("taps", ()))
+    return LayerChange(int(data["ordinal"]), slots, rows, None if loss is None else float(loss), taps)
 
 
 def _numbers(data: dict[str, Any]) -> dict[str, Any]:
