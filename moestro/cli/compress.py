@@ -29,7 +29,7 @@ EPILOG = """Examples:
   moestro eval ./smaller --against ./model --data held-out.txt
 
 METHOD is one of `moestro methods --kind criterion` (remove experts), search (remove experts, trying sets), group (merge), neurons (narrower
-experts), sparsify or encode (other weights), skip (at run time), by its name or the last part of it. `moestro plan METHOD ...` is `moestro plan compress METHOD ...`.
+experts), sparsify, share or encode (other weights), skip (at run time), by its name or the last part of it. `moestro plan METHOD ...` is `moestro plan compress METHOD ...`.
 Experts that the profile never saw make the exit code 1, unless --allow-unseen is given; the plan is written in any case."""
 
 

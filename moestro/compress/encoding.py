@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ class Encoder:
     A method of kind 'smooth' rescales a whole layer before what comes after it: see `compress.smooth`. Experts then come out for inputs
     in the new scale, so whoever writes them rescales the trunk's tensors that `smoothing` touches as well.
 
+    A method of kind 'share' finds from all experts of a layer the directions on which each of their matrices is projected.
+
     profile: the statistics that 'sparsify' reads. given: the inputs that calibrated methods of kind 'encode' read; by default those
     that the profile kept.
     """
@@ -41,11 +44,12 @@ class Encoder:
         self.plan, self.facts, self.profile, self.given = plan, facts, profile, given
         self._methods = [load(e.method) for e in plan.encodings]
         self._smoothed: dict[int, tuple[Smoothing, dict[Slot, int]]] = {}
+        self._shared: dict[tuple[int, int], dict[Slot, Mapping[str, np.ndarray]]] = {}
         if given is None and profile is not None and "kept_x_LND" in profile.arrays:
             self.given = given = Calibration(profile, facts)
         self._kinds = [card_of(fn).kind for fn in self._methods]
         for encoding, kind, fn in zip(plan.encodings, self._kinds, self._methods, strict=True):
-            if kind not in ("encode", "encode_router", "sparsify", "smooth"):
+            if kind not in ("encode", "encode_router", "share", "sparsify", "smooth"):
                 raise PlanError(f"{encoding.method} is a method of kind {kind!r}", expected="one of kind 'encode' or 'sparsify'")
             if kind in ("smooth", "encode_router") and not isinstance(given, Calibration):
                 raise PlanError(f"{encoding.method} reads inputs", fix="give a profile made with --probe inputs")
@@ -67,6 +71,19 @@ class Encoder:
         if isinstance(self.given, Calibration):
             self.given.layer(change.ordinal)
         self.smoothing(change, read, router)
+        self._share(change, read)
+
+    def _share(self, change: LayerChange, read: Callable[[Slot], ExpertWeights]) -> None:
+        """What the slots of a layer are projected on. Raises PlanError."""
+        for number in sorted({n for slot in change.slots for n in slot.encodings if self._kinds[n] == "share"}):
+            if any(slot.encodings[:1] != (number,) for slot in change.slots):
+                raise PlanError(
+                    f"layer {change.ordinal} shares directions in part, or after other encodings",
+                    expected="the first encoding of all its experts",
+                )
+            readers = [partial(read, slot) for slot in change.slots]
+            bases = self._methods[number](readers, **self.plan.encodings[number].options)
+            self._shared = {(change.ordinal, number): dict(zip(change.slots, bases, strict=True))}
 
     def smoothing(
         self, change: LayerChange, read: Callable[[Slot], ExpertWeights], router: Callable[[], np.ndarray]
@@ -122,6 +139,9 @@ class Encoder:
             assert self.profile is not None
             stats = LayerStats(self.profile, ordinal)
             given: Mapping[str, Any] = {role: stats.lengths(role, slot, weights) for role in MATRICES}
+        elif self._kinds[number] == "share":
+            there = {role: a for role, name in MATRICES.items() if (a := getattr(weights, name)) is not None}
+            return {r: _projected(a, self._shared[ordinal, number][slot].get(r)) for r, a in there.items()}
         elif self._kinds[number] == "smooth":
             smoothing, place = self._smoothing_of(ordinal, slot)
             made = smoothing.applied(place, weights)
@@ -145,7 +165,7 @@ class Encoder:
         """A trunk matrix after its encodings, plain or in tiles."""
         made: np.ndarray | Packed = w_RC
         for number in numbers:
-            if self._kinds[number] == "sparsify" or "inputs" in card_of(self._methods[number]).needs:
+            if self._kinds[number] in ("share", "sparsify") or "inputs" in card_of(self._methods[number]).needs:
                 raise PlanError(
                     f"{self.plan.encodings[number].method} has no statistics of {name}",
                     fix="encode it with a method that needs none",
@@ -157,6 +177,10 @@ class Encoder:
         encoding = self.plan.encodings[number]
         codec = {"codec": encoding.codec} if self._kinds[number] == "encode" and "codec" not in encoding.options else {}
         return self._methods[number](np.ascontiguousarray(w_RC), given, **codec, **encoding.options)
+
+
+def _projected(w_RC: np.ndarray, basis_MC: np.ndarray | None) -> np.ndarray:
+    return w_RC if basis_MC is None else ((w_RC @ basis_MC.T) @ basis_MC).astype(np.float32)
 
 
 def plain(matrix: np.ndarray | Packed) -> np.ndarray:

@@ -34,7 +34,7 @@ from moestro.models.layout import Layout
 from moestro.profile.coverage import coverage
 from moestro.profile.profile import Profile
 
-KINDS = ("criterion", "search", "group", "neurons", "sparsify", "encode", "skip")
+KINDS = ("criterion", "search", "group", "neurons", "sparsify", "share", "encode", "skip")
 Progress = Callable[[int, int], None]
 
 
@@ -93,7 +93,7 @@ def plan_compression(
     _check_options(fn, wish.options)
     if base is not None:
         base.check(facts)
-    needs_profile = card.kind != "encode" and (card.kind != "skip" or bool(card.needs))
+    needs_profile = card.kind not in ("encode", "share") and (card.kind != "skip" or bool(card.needs))
     if (needs_profile or "inputs" in card.needs) and profile is None:
         raise InputError(
             f"{card.name} reads statistics",
@@ -118,7 +118,7 @@ def plan_compression(
     if card.kind == "skip":
         _removes_nothing(card.name, wish)
         plan = with_taps(fn, plan, stats, facts.layers, dict(wish.options))
-    elif card.kind in ("sparsify", "encode"):
+    elif card.kind in ("sparsify", "share", "encode"):
         plan = _encoding(plan, card.name, card.kind, wish, checkpoint, layout)
     else:
         assert profile is not None
@@ -150,7 +150,7 @@ def find(name: str) -> Any:
 def _encoding(plan: CompressionPlan, name: str, kind: str, wish: Wish, checkpoint: Checkpoint, layout: Layout) -> CompressionPlan:
     """One more encoding for every slot, and of kind 'encode' for the trunk if it is wished."""
     _removes_nothing(name, wish)
-    if kind == "sparsify":
+    if kind in ("sparsify", "share"):
         if wish.codec != STORED or wish.trunk_codec is not None:
             raise InputError(f"{name} has no number format", expected="a codec with a method of kind encode only")
         return encode_experts(plan, layout, name, STORED, wish.options)

@@ -267,3 +267,59 @@ def test_a_run_that_was_stopped_goes_on(original, text, tmp_path):
     assert again.loop.step == 3
     again.go()
     assert all(np.array_equal(whole.left.arrays[name], a) for name, a in again.left.arrays.items())
+
+
+def test_learned_masks_beat_chance_at_the_same_number_of_experts(wide, text, tmp_path):
+    run = Run("otp", wide, text, tmp_path, steps=40, rate=0.02, price=0.01)
+    run.go()
+    run.student.eval()
+    learned = far(run.student.model, wide)
+    kept = float(torch.stack(run.tuning.objective.kept).detach().mean())  # type: ignore[attr-defined]
+    assert 1 < kept < 3.9
+    generator, drawn = torch.Generator().manual_seed(0), open_model(wide, "float32")
+
+    def lots(routing: Routing, ctx: RouteContext) -> Routing:
+        """As many experts in the mean: the heaviest, and drawn ones."""
+        number = torch.full((routing.tokens,), kept) + torch.rand(routing.tokens, generator=generator) - 0.5
+        order = torch.rand(routing.weights_TK.shape, generator=generator)
+        order[routing.weights_TK == routing.weights_TK.amax(1, keepdim=True)] = -1
+        place = order.argsort(dim=1).argsort(dim=1)
+        return routing.drop(place >= number.round().clamp_min(1)[:, None], renormalise=False)
+
+    for layer in drawn.layers:
+        layer.replace(router=layer.router.tapped(Tap("routing", lots)))
+    assert learned < 0.8 * far(drawn, wide)
+
+
+def test_vectors_beat_the_main_experts_alone_after_equal_training(wide, text, tmp_path):
+    found = {}
+    for name in ("vectors", "main alone"):
+        run = Run("compressed_experts", wide, text, tmp_path / name, steps=25, rate=0.003)
+        if name == "main alone":
+            for p in run.tuning.objective.parameters():  # type: ignore[attr-defined]
+                p.requires_grad_(False)
+        found[name] = run.loop.run()["evaluation"]["loss"]
+    assert found["vectors"] < found["main alone"]
+
+
+def test_a_planted_domain_keeps_its_experts(tmp_path):
+    """Fine-tuned on one domain's tokens, task-specific pruning keeps that domain's experts and no others."""
+    from moestro.testing.planted import domain_model
+    from moestro.train.data.stream import Stream
+    from moestro.train.data.tokens import Domain, Tokens
+    from moestro.train.loop import Loop
+
+    made = domain_model(tmp_path / "model", experts_per_domain=3, idle=3, tokens_per_domain=6, d_expert=8, length=24)
+    own = [s for s in made.sequences if made.truth.group_V[s[0]] == 1]
+    ids = np.array([t for s in own for t in s] * 4, np.uint16)
+    tokens = Tokens(tmp_path, (Domain("one", len(ids), len(ids), 1, ""),), (ids,), 18, 0)
+    config = changed({"data": {"length": 23}, "steps": 8, "batch": 2, "optimiser": {"rate": 1e-4}, "model": {"context": 64}})
+    student = Pretrained(open_model(made.path, "float32"))
+    tuning = tuned.make("tsep", student, None, {"keep": 3, "windows": 2})
+    stream = Stream(tokens, length=23, holdout=0.0, weights={}, seed=0)
+    (tmp_path / "run").mkdir()
+    Loop(config, student, stream, tmp_path / "run", objective=tuning.objective, phases=tuning.phases).run()
+    left = tuning.finish()
+    assert left.kept is not None
+    for ordinal, ids_kept in enumerate(left.kept):
+        assert set(ids_kept) == made.truth.domain_experts(1, ordinal)

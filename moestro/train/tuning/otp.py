@@ -7,7 +7,7 @@ Rule       y = softmax((log pi + gumbel) / tau), its argmax going forward and it
 Needs      nothing: the model without masks is the teacher
 Gives      the tap layers.taps.learned_mask with its weights for each layer; the model itself stays as it is
 Departs    candidates, network and schedule are not known: see the tap; tau falls geometrically from `warm` to `cold`
-Checked    only the networks have gradients; a higher price keeps fewer experts; at equal experts better than dropping at random
+Checked    only the networks have gradients; a higher price keeps fewer experts; at as many experts nearer to the model than drawn ones beside each token's heaviest
 """
 
 from __future__ import annotations
