@@ -1,9 +1,10 @@
 """What does profiling cost: time beside the forward pass, memory of the statistics, bytes of the trace, and how fast it is replayed?
 
-    python benchmarks/profiles.py [--quick] [--parts recording statistics trace] [--output FILE]
+    python benchmarks/profiles.py [--quick] [--parts recording reading statistics trace] [--model FOLDER ...] [--output FILE]
 
-recording  the embedded model reads text with nothing watching and with every cheap probe, sequence by sequence in turn, through
-           transformers and through the engine with half of its experts in memory
+recording  a model (the embedded one, or each --model) reads text with nothing watching and with every cheap probe, sequence by
+           sequence in turn, through transformers and through the engine with half of its experts in memory
+reading    what is read from disk for each token of the embedded model with a quarter of its experts in memory, by length of a pass
 statistics every cheap probe on a million tokens of drawn routing, 16 layers of 64 experts, 8 active: memory, and time per token
 trace      the same routing as a file: bytes per routed slot, time to open, and time to replay four policies at ten budgets, as
            a profile keeps it (sequences read whole) and as a decoder makes it (token by token), in one pool of slots and in one per layer
@@ -38,6 +39,7 @@ from moestro.profile.run import Recording, available
 from moestro.profile.sources import Document
 
 LAYERS, EXPERTS, SLOTS, VOCABULARY, LENGTH = 16, 64, 8, 50304, 512
+PARTS = ("recording", "reading", "statistics", "trace")
 POLICIES = ["engine.evict.lru", "engine.evict.lfu", "engine.evict.arc", "engine.evict.belady"]
 
 
@@ -67,29 +69,30 @@ class Drawn:
             yield self._outputs[self._turn % len(self._outputs)]
 
 
-def recording(sequences: int) -> list[dict[str, Any]]:
+def recording(sequences: int, folder: Path) -> list[dict[str, Any]]:
     """Seconds of reading with and without probes, in turn."""
-    from moestro.build.upcycle.default import ensure_default_model
     from moestro.engine.engine import Engine
     from moestro.engine.memory import usage
+    from moestro.models.checkpoint import Checkpoint
+    from moestro.models.families import describe
     from moestro.models.open import open_model
     from moestro.models.tokenizer import Tokenizer
     from moestro.testing.corpora import text
 
-    folder = ensure_default_model()
+    length = min(LENGTH, describe(Checkpoint.open(folder)).facts.context)
     documents = [Document(domain, domain, text=text(domain, 30000)) for domain in ("documentation", "code")]
-    texts = cut(documents, Tokenizer.open(folder), length=LENGTH, tokens=(sequences + 1) * LENGTH)
+    texts = cut(documents, Tokenizer.open(folder), length=length, tokens=(sequences + 1) * length)
     whole = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     found = []
     for name in ("engine", "transformers"):
         budget = usage().resident + whole // 2  # what this process holds already is not the engine's
-        runner: Any = open_model(folder) if name == "transformers" else Engine.open(folder, memory=budget, context=LENGTH)
+        runner: Any = open_model(folder) if name == "transformers" else Engine.open(folder, memory=budget, context=length)
         probes = make({probe: {} for probe in standard(available(runner, texts))})
         watched = Recording(runner, texts, probes)
         bare, full = [], []
         for i in range(len(texts.sequences)):
             tokens = texts.sequences[i].tokens_T.tolist()
-            if len(tokens) < LENGTH:
+            if len(tokens) < length:
                 continue
             began = time.perf_counter()
             list(runner.run([tokens]))
@@ -100,14 +103,15 @@ def recording(sequences: int) -> list[dict[str, Any]]:
             full.append(ended - middle)
         bare, full = bare[1:], full[1:]  # the first warms up
         cost = [f / b - 1 for b, f in zip(bare, full)]
-        alone = probes_alone(runner, texts, probes, watched)
-        row = {"what": "recording", "runner": name, "probes": len(probes), "sequences": len(bare)}
+        alone = probes_alone(runner, texts, probes, length)
+        row = {"what": "recording", "model": folder.name, "runner": name, "probes": len(probes), "sequences": len(bare)}
         row |= {"forward_s": statistics.median(bare), "watched_s": statistics.median(full), "cost": statistics.median(cost)}
-        row |= {"cost_min": min(cost), "cost_max": max(cost), "probes_s": alone, "probes_share": alone / statistics.median(bare)}
+        low, _, high = statistics.quantiles(cost, n=4)
+        row |= {"cost_low": low, "cost_high": high, "probes_s": alone, "probes_share": alone / statistics.median(bare)}
         found.append(row)
         print(
-            f"{name:13} {row['forward_s']:.2f} s per sequence, with {len(probes)} probes {100 * row['cost']:+.1f} %"
-            f" ({100 * row['cost_min']:+.1f} to {100 * row['cost_max']:+.1f}); the probes alone take {100 * row['probes_share']:.1f} %",
+            f"{folder.name} {name:13} {row['forward_s']:.3f} s per sequence of {length}, with {len(probes)} probes {100 * row['cost']:+.1f} %"
+            f" (middle half {100 * low:+.1f} to {100 * high:+.1f}); the probes alone take {100 * row['probes_share']:.1f} %",
             flush=True,
         )
         if name == "engine":
@@ -115,9 +119,45 @@ def recording(sequences: int) -> list[dict[str, Any]]:
     return found
 
 
-def probes_alone(runner: Any, texts: Texts, probes: Any, watched: Recording) -> float:
+def reading(chunks: tuple[int, ...]) -> list[dict[str, Any]]:
+    """What the engine reads from disk for each token, a quarter of the experts in memory, by the length of its passes."""
+    from moestro.build.upcycle.default import ensure_default_model
+    from moestro.engine.engine import Engine
+    from moestro.engine.memory import usage
+    from moestro.models.tokenizer import Tokenizer
+    from moestro.testing.corpora import text
+
+    folder = ensure_default_model()
+    texts = cut([Document("code", "code", text=text("code", 10000))], Tokenizer.open(folder), length=LENGTH, tokens=2 * LENGTH)
+    whole = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    with Engine.open(folder, memory=usage().resident + 2 * whole, context=LENGTH, chunk=max(chunks)) as engine:
+        quarter = replace(engine.plan, slots=(sum(layer.num_experts for layer in engine.facts.layers) // 4,), scope="global")
+    found, first = [], {}
+    for chunk in chunks:
+        with Engine.open(folder, plan=replace(quarter, chunk=chunk, predictor="engine.predict.none", pinned=())) as engine:
+            made = Recording(engine, texts, make({probe: {} for probe in standard(available(engine, texts))}))
+            engine.cache.table.reset_counts()
+            made.run(engine)
+            counts, size = engine.cache.table.counts(), engine.facts.layers[0].expert_bytes
+            passes = sum(len(engine.pieces(len(s.tokens_T), 1)) for s in texts.sequences)
+        arrays = made.profile().arrays
+        first = first or arrays
+        row = {"what": "reading", "chunk": chunk, "slots": quarter.slots[0], "tokens": texts.tokens, "passes": passes}
+        row |= {"demands": counts.demands, "loads": counts.loads, "bytes_per_token": counts.loads * size / texts.tokens}
+        row |= {"statistics": len(arrays), "equal_to_first": sum(np.array_equal(a, first[n]) for n, a in arrays.items())}
+        found.append(row)
+        print(
+            f"reading       passes of {chunk}: {row['bytes_per_token'] / 1e6:.2f} MB per token,"
+            f" {counts.loads / passes:.0f} of {counts.demands / passes:.0f} demanded experts read in a pass;"
+            f" {row['equal_to_first']} of {len(arrays)} statistics as at first, bit for bit",
+            flush=True,
+        )
+    return found
+
+
+def probes_alone(runner: Any, texts: Texts, probes: Any, length: int) -> float:
     """Median seconds that recording one sequence takes when its forward pass has been done already."""
-    i = next(i for i, s in enumerate(texts.sequences) if len(s.tokens_T) == LENGTH)
+    i = next(i for i, s in enumerate(texts.sequences) if len(s.tokens_T) == length)
     (output,) = runner.run([texts.sequences[i].tokens_T.tolist()])
 
     class Done:
@@ -222,14 +262,21 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of the tokens, few sequences")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument(
-        "--parts", nargs="+", choices=("recording", "statistics", "trace"), default=("recording", "statistics", "trace")
+        "--model", type=Path, action="append", help="read this one instead of the embedded model; may be repeated"
     )
+    parser.add_argument("--sequences", type=int, default=12, help="how many of them are read")
     parser.add_argument("--output", type=Path, help="write the results as JSON")
     options = parser.parse_args()
+    from moestro.build.upcycle.default import ensure_default_model
+
     rows: list[dict[str, Any]] = []
     if "recording" in options.parts:
-        rows += recording(4 if options.quick else 12)
+        for folder in options.model or [ensure_default_model()]:
+            rows += recording(4 if options.quick else options.sequences, folder)
+    if "reading" in options.parts:
+        rows += reading((512, 32) if options.quick else (512, 256, 128, 64, 32))
     if {"statistics", "trace"} & set(options.parts):
         found, trace = statistics_cost(100_000 if options.quick else 1_000_000)
         rows += found

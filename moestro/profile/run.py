@@ -21,7 +21,7 @@ from moestro.core.trace import Trace
 from moestro.profile.data import Piece, Texts
 from moestro.profile.probe import Probe, Setting, Statistics, requires, settings_of
 from moestro.profile.profile import Profile, layer_facts, read_arrays, write_arrays
-from moestro.profile.seen import Fetch, Seen, SeenLayer, as_numpy
+from moestro.profile.seen import Fetch, Seen, SeenLayer, as_numpy, heaviest_first
 
 PARTIAL = "moestro_partial"
 SECONDS = 60.0  # between two savings of what has been done
@@ -291,12 +291,13 @@ def _rows(records: Any, slots: int, weights: bool) -> tuple[np.ndarray, ...]:
     tokens = int(records[0].routing.tokens)
     widest = max(slots, *(int(r.routing.slots) for r in records))
     experts_LTK = np.full((len(records), tokens, widest), -1, np.int16)
-    weights_LTK = np.zeros((len(records), tokens, widest), np.float16)
+    weights_LTK = np.zeros((len(records), tokens, widest))
     for row, record in enumerate(records):
-        ids_TK, weight_TK = as_numpy(record.routing.experts_TK), as_numpy(record.routing.weights_TK)
-        order_TK = np.argsort(np.where(ids_TK >= 0, -weight_TK.astype(np.float64), np.inf), axis=1, kind="stable")
-        experts_LTK[row, :, : ids_TK.shape[1]] = np.take_along_axis(ids_TK, order_TK, axis=1)
-        weights_LTK[row, :, : ids_TK.shape[1]] = np.where(
-            experts_LTK[row, :, : ids_TK.shape[1]] >= 0, np.take_along_axis(weight_TK, order_TK, axis=1), 0
-        )
-    return (experts_LTK, weights_LTK) if weights else (experts_LTK,)
+        slots = int(record.routing.slots)
+        experts_LTK[row, :, :slots] = as_numpy(record.routing.experts_TK)
+        weights_LTK[row, :, :slots] = as_numpy(record.routing.weights_TK)
+    order_LTK = heaviest_first(experts_LTK, weights_LTK)
+    experts_LTK = np.take_along_axis(experts_LTK, order_LTK, axis=2)
+    if not weights:
+        return (experts_LTK,)
+    return experts_LTK, np.where(experts_LTK >= 0, np.take_along_axis(weights_LTK, order_LTK, axis=2), 0).astype(np.float16)

@@ -5,7 +5,7 @@ Shapes: T counted tokens of the sequence, E experts, K slots, D model width, F e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -45,11 +45,13 @@ class SeenLayer:
     ) -> None:
         routing = record.routing
         self.facts, self.ordinal, self.width, self._fetch, self.rows_T = facts, record.ordinal, width, fetch, rows_T
-        self.experts_TK = as_numpy(routing.experts_TK)[rows_T].astype(np.int64, copy=False)
-        self.weights_TK = as_numpy(routing.weights_TK)[rows_T].astype(np.float64)
-        self.sink_TH = None if record.sink_TH is None else as_numpy(record.sink_TH)[rows_T]
+        ids_TK = as_numpy(routing.experts_TK)
+        kept = slice(None) if len(rows_T) == len(ids_TK) else rows_T  # all of them need no copy
+        self.experts_TK = ids_TK[kept].astype(np.int64, copy=False)
+        self.weights_TK = as_numpy(routing.weights_TK)[kept].astype(np.float64)
+        self.sink_TH = None if record.sink_TH is None else as_numpy(record.sink_TH)[kept]
         self._logits, self._x, self._y, self._residual = (
-            None if a is None else as_numpy(a)[rows_T] for a in (routing.logits_TE, record.x_TD, record.y_TD, record.residual_TD)
+            None if a is None else as_numpy(a)[kept] for a in (routing.logits_TE, record.x_TD, record.y_TD, record.residual_TD)
         )
 
     @property
@@ -91,10 +93,14 @@ class SeenLayer:
         return out[:, :-1]
 
     @cached_property
+    def order_TK(self) -> np.ndarray:
+        """Slots, heaviest weight first; empty ones last."""
+        return heaviest_first(self.experts_TK, self.weights_TK)
+
+    @cached_property
     def ranked_TK(self) -> np.ndarray:
         """Expert ids, heaviest weight first; empty slots (-1) last."""
-        weight_TK = np.where(self.experts_TK >= 0, self.weights_TK, -np.inf)
-        return np.take_along_axis(self.experts_TK, np.argsort(-weight_TK, axis=1, kind="stable"), axis=1)
+        return np.take_along_axis(self.experts_TK, self.order_TK, axis=1)
 
     def forget(self) -> None:
         """Let go of what takes much memory; ids and what is derived from them stay for the layers after."""
@@ -138,6 +144,7 @@ class Seen:
     """One sequence. index: its number in the data. tokens_T, positions_T, labels_T: of the counted tokens; labels are numbers.
 
     text: all tokens of the sequence. counted: which of them are. logits_TV: after every one of them. layers: filled one by one.
+    once: what a probe has worked out of the tokens alone, which is the same for every layer.
     """
 
     index: int
@@ -148,6 +155,19 @@ class Seen:
     labels_T: np.ndarray
     logits_TV: Any
     layers: list[SeenLayer] = field(default_factory=list)
+    once: dict[str, Any] = field(default_factory=dict)
+
+    def labelled(self) -> Mapping[int, Any]:
+        """For each label its tokens, as an index; worked out once."""
+        if "labelled" not in self.once:
+            labels = np.unique(self.labels_T).tolist()
+            self.once["labelled"] = {n: slice(None) if len(labels) == 1 else self.labels_T == n for n in labels}
+        return self.once["labelled"]
+
+
+def heaviest_first(experts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Places along the last axis, heaviest weight first, empty slots (-1) last."""
+    return np.argsort(np.where(experts >= 0, -weights, np.inf), axis=-1, kind="stable")
 
 
 def as_numpy(array: Any) -> np.ndarray:

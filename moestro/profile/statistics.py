@@ -6,6 +6,7 @@ number to a fixed grid first; multiples of the grid add without any rounding, in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol, Self
 
@@ -82,6 +83,13 @@ class Sum:
         return self.high.nbytes + self.low.nbytes
 
     def add(self, at: Index, values: Any) -> None:
+        if isinstance(values, float) and math.isfinite(
+            values
+        ):  # the same without arrays: half of the time of small models' probes
+            coarse = round(values / self.COARSE) * self.COARSE
+            self.high[at] += coarse
+            self.low[at] += round((values - coarse) / self.FINE) * self.FINE
+            return
         values = np.asarray(values, np.float64)
         high = np.rint(values / self.COARSE) * self.COARSE
         self.high[at] += high

@@ -91,20 +91,6 @@ def test_bad_files_are_named(tmp_path, monkeypatch):
         read(["nobody/nothing-of-this-name"])
 
 
-def test_a_data_set_from_the_hub(tmp_path, monkeypatch):
-    rows(tmp_path, {"text": "x"}, name="train.jsonl")
-    (tmp_path / "README.md").write_text("not data")
-    asked = {}
-
-    def snapshot_download(name, **options):
-        asked.update(options, name=name)
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert [d.text for d in read(["org/set@v2"])] == ["x"]
-    assert asked["name"] == "org/set" and asked["revision"] == "v2" and asked["repo_type"] == "dataset"
-
-
 def tokens(n, label="a", start=0):
     return Document(label, "s", tokens=list(range(start, start + n)))
 

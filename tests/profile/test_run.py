@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -67,6 +68,41 @@ def test_the_engine_knows_routers_and_stream_also_of_a_single_row(case):
             assert np.allclose(record.residual_TD, other.residual_TD, rtol=1e-4, atol=1e-4)
             assert np.array_equal(plain.routing.logits_TE, record.routing.logits_TE) and plain.residual_TD is None
         assert isinstance(engine.trunk, NativeTrunk) and engine.trunk.watch is None
+
+
+def reads_of(store) -> list[tuple[int, int]]:
+    """(layer, expert) of every read that the store is asked for from now on."""
+    found, reads = [], store.reads
+
+    def watched(key, slot):
+        found.append(tuple(key))
+        return reads(key, slot)
+
+    store.reads = watched
+    return found
+
+
+def test_beyond_memory_a_pass_reads_each_expert_it_needs_once(case):
+    """Two slots per layer, less than a pass needs: its experts come in waves, each once, and the statistics stay the same."""
+    names = ["counts", "gates", "tokens", "entropy"]
+    wanted = case.profile(*names)
+    with Engine.open(case.planted.path) as engine:
+        plan = dataclasses.replace(
+            engine.plan, slots=(2,) * len(engine.facts.layers), scope="layer", pinned=(), predictor="engine.predict.none"
+        )
+    for chunk in (24, 8):
+        with Engine.open(case.planted.path, plan=dataclasses.replace(plan, chunk=chunk)) as engine:
+            read = reads_of(engine.store)
+            found = case.profile(*names, runner=engine)
+            passes = sum(len(engine.pieces(len(s.tokens_T), 1)) for s in case.texts.sequences)
+        ends = [0, *(i for i in range(1, len(read)) if read[i][0] < read[i - 1][0]), len(read)]
+        each = [read[a:b] for a, b in itertools.pairwise(ends)]
+        assert len(each) == passes, "layer by layer within a pass"
+        assert all(len(set(keys)) == len(keys) for keys in each) and max(map(len, each)) > 2 * len(plan.slots)
+        for name, array in wanted.arrays.items():
+            assert np.allclose(found.arrays[name], array, rtol=1e-4, atol=1e-3) and (
+                array.dtype.kind == "f" or np.array_equal(found.arrays[name], array)
+            ), name
 
 
 def test_a_probe_that_the_runner_cannot_feed_is_refused(case):

@@ -37,14 +37,15 @@ class Entropy:
         exp_TE = np.exp(logits_TE - top_T1)
         sum_T = exp_TE.sum(1)
         lse_T = np.log(sum_T) + top_T1[:, 0]
-        entropy_T = lse_T - (exp_TE * np.where(exp_TE > 0, logits_TE, 0)).sum(1) / sum_T
+        entropy_T = lse_T - np.einsum("te,te->t", exp_TE, np.where(exp_TE > 0, logits_TE, 0)) / sum_T
         statistics["entropy_L"].add(layer.ordinal, entropy_T.sum())
         statistics["log_sum_exp_L"].add(layer.ordinal, lse_T.sum())
         statistics["routed_L"].add(layer.ordinal, len(logits_TE))
         k = layer.facts.top_k
         if k < logits_TE.shape[1]:
-            sorted_TE = -np.partition(-logits_TE, (k - 1, k), axis=1)
-            margin_T = sorted_TE[:, k - 1] - sorted_TE[:, k]
+            experts = logits_TE.shape[1]
+            sorted_TE = np.partition(layer.logits_TE, (experts - k - 1, experts - k), axis=1)
+            margin_T = sorted_TE[:, experts - k].astype(np.float64) - sorted_TE[:, experts - k - 1]
             statistics["margin_L"].add(layer.ordinal, margin_T.sum())
             bins = np.bincount(np.minimum((margin_T / WIDTH).astype(int), BINS - 1), minlength=BINS)
             statistics["margins_LB"].add(layer.ordinal, bins)

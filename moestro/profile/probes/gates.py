@@ -41,6 +41,5 @@ class Gates:
         place = (np.arange(slots) * layer.width + ranked_TK)[ranked_TK >= 0]
         counts = np.bincount(place, minlength=slots * layer.width).reshape(slots, layer.width)
         statistics["ranks_LKE"].add((layer.ordinal, slice(slots)), counts)
-        sorted_TK = -np.sort(-np.where(layer.experts_TK >= 0, layer.weights_TK, -np.inf), axis=1)
-        sums_K = np.where(np.isfinite(sorted_TK), sorted_TK, 0).sum(0)
+        sums_K = np.where(ranked_TK >= 0, np.take_along_axis(layer.weights_TK, layer.order_TK, axis=1), 0).sum(0)
         statistics["rank_mass_LK"].add((layer.ordinal, slice(slots)), sums_K)

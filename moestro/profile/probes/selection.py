@@ -36,10 +36,12 @@ class Selection:
         return {name: Sum(setting.layers, setting.width) for name in self.gives}
 
     def update(self, statistics: Statistics, seen: Seen, layer: SeenLayer) -> None:
-        logits_TE = layer.logits_TE.astype(np.float64)
-        experts = logits_TE.shape[1]
-        first_TA = np.argsort(-logits_TE, axis=1, kind="stable")[:, : self.first]
-        value_TA = np.take_along_axis(logits_TE, first_TA, axis=1)
+        logits_TE, experts = layer.logits_TE, layer.logits_TE.shape[1]
+        if self.first == 1:
+            first_TA = logits_TE.argmax(1)[:, None]
+        else:
+            first_TA = np.argsort(-logits_TE, axis=1, kind="stable")[:, : self.first]
+        value_TA = np.take_along_axis(logits_TE, first_TA, axis=1).astype(np.float64)
         if self.threshold is not None:
             over_TA = np.where(value_TA >= self.threshold, value_TA, -np.inf)
             exp_TA = np.exp(over_TA - np.maximum(over_TA.max(1, keepdims=True), self.threshold))

@@ -38,9 +38,11 @@ class Tokens:
         return {"by_token_ILE": counts, "token_ids_I": Same(kept), "token_counts_I": Count(len(kept))}
 
     def update(self, statistics: Statistics, seen: Seen, layer: SeenLayer) -> None:
-        row_T = self._row_V[seen.tokens_T]
-        known_T = row_T >= 0
-        rows, local_T = np.unique(row_T[known_T], return_inverse=True)
+        if layer.ordinal == 0:
+            row_T = self._row_V[seen.tokens_T]
+            known_T = row_T >= 0
+            seen.once["tokens"] = (known_T, *np.unique(row_T[known_T], return_inverse=True))
+        known_T, rows, local_T = seen.once["tokens"]
         if layer.ordinal == 0:
             statistics["token_counts_I"].add(rows, np.bincount(local_T, minlength=len(rows)))
         ids_TK = layer.experts_TK[known_T]

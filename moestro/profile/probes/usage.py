@@ -11,8 +11,6 @@ Checked    sums over labels to the counts; planted domains use their own experts
 
 from __future__ import annotations
 
-import numpy as np
-
 from moestro.core.method import method
 from moestro.profile.probe import Setting, Statistics
 from moestro.profile.seen import Seen, SeenLayer
@@ -30,7 +28,6 @@ class Usage:
         return {"usage_GLE": Count(*shape), "usage_mass_GLE": Sum(*shape)}
 
     def update(self, statistics: Statistics, seen: Seen, layer: SeenLayer) -> None:
-        for label in np.unique(seen.labels_T).tolist():
-            of_it_T = seen.labels_T == label
+        for label, of_it_T in seen.labelled().items():
             statistics["usage_GLE"].add((label, layer.ordinal), layer.chosen_TE[of_it_T].sum(0))
             statistics["usage_mass_GLE"].add((label, layer.ordinal), layer.gates_TE[of_it_T].sum(0))
