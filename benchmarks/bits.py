@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cells import Cells, default_work, say, spread
 
+from moestro.core.layer import RunnerOutput
 from moestro.core.plans.compression import CompressionPlan
 from moestro.models.open import Model
 from moestro.profile.profile import Profile
@@ -30,6 +32,9 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     **{f"rtn-{codec}": {"method": "rtn", "codecs": (codec,)} for codec in SINGLE},
     "rtn-uint4:64-search": {"method": "rtn", "codecs": ("uint4:64",), "options": {"search": True}},
     **{f"gptq-{codec}": {"method": "gptq", "codecs": (codec,)} for codec in SINGLE},
+    "rtn-uint4:64-eaquant": {"method": "rtn", "codecs": ("uint4:64",), "smooth": "compress.smooth.eaquant"},
+    "rtn-int4:64-eaquant": {"method": "rtn", "codecs": ("int4:64",), "smooth": "compress.smooth.eaquant"},
+    "gptq-uint4:64-eaquant": {"method": "gptq", "codecs": ("uint4:64",), "smooth": "compress.smooth.eaquant"},
     "gptq-3-bits-minus-size": {"method": "gptq", "codecs": ("int3:128",), "fit": AVERAGE},
     **{
         f"gptq-mixed-{name}-{scope}": {
@@ -41,6 +46,29 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "gptq-mixed-frequency": {"method": "gptq", "codecs": WIDTHS, "bits": AVERAGE, "budget": "compress.budget.frequency"},
     "gptq-mixed-block_importance": {"method": "gptq", "codecs": WIDTHS, "bits": AVERAGE, "budget": "compress.budget.block_importance"},
 }  # fmt: skip
+
+
+class Read:
+    """A live model as `measure` reads it."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.facts = model, model.facts
+
+    def run(self, tokens_BT: Sequence[Sequence[int]], *, inputs: bool = False) -> Iterator[RunnerOutput]:
+        for out in self.model.run([list(row) for row in tokens_BT]):
+            yield replace(out, logits_TV=out.logits_TV.float().numpy())
+
+
+class Known(Read):
+    """What a model said of the sequences that are judged, read once."""
+
+    def __init__(self, model: Model, sequences: Sequence[Sequence[int]]) -> None:
+        super().__init__(model)
+        self.outputs = [replace(out, records=()) for out in super().run(sequences)]
+
+    def run(self, tokens_BT: Sequence[Sequence[int]], *, inputs: bool = False) -> Iterator[RunnerOutput]:
+        assert len(tokens_BT) == len(self.outputs)
+        return iter(self.outputs)
 
 
 class Bench:
@@ -56,7 +84,8 @@ class Bench:
         self.tokenizer, self.length, self.calibration = Tokenizer.open(folder), length, calibration
         held_out, self.text = text[: 8 * tokens], text[8 * tokens :]  # a token is fewer than 8 characters here
         self.sequences = cut(self.tokenizer.encode(held_out, add_special=False)[:tokens], length)
-        self.reference = measure(self.model, self.sequences)
+        self.known = Known(self.model, self.sequences)
+        self.reference = measure(self.known, self.sequences)
         self.profiles: dict[int, Profile] = {}
 
     def profile(self, seed: int) -> Profile:
@@ -85,11 +114,13 @@ class Bench:
         start, profile = time.monotonic(), self.profile(seed)
         plan = planned(self.model, CONTENDERS[contender], profile)
         made = compress_live(plan, self.model, encoder=Encoder(plan, self.model.facts, profile))
-        encoded, found = time.monotonic() - start, measure(made, self.sequences)
+        encoded = time.monotonic() - start
+        found = measure(Read(made), self.sequences, self.known)
         weights = sum(la.num_experts * matrix_weights(la.spec) for la in self.model.facts.layers)
         return {
             "perplexity": found.perplexity,
             "cost": found.perplexity / self.reference.perplexity - 1,
+            "kl": found.kl,
             "bytes": plan.sizes[1],
             "bits": 8 * plan.sizes[1] / weights,
             "experts": plan.experts,
@@ -108,6 +139,7 @@ def planned(model: Model, said: dict[str, Any], profile: Profile) -> Compression
         said.get("bits"),
         said.get("budget", "compress.budget.mc_moe"),
         said.get("budget_options", {}),
+        smooth=said.get("smooth", ""),
     )
     base = pruned(model, said["fit"], said["codecs"][0], profile) if "fit" in said else None
     return plan_bits(model.checkpoint, model.layout, wish, profile=profile, base=base).plan
@@ -154,15 +186,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     cells, bench = Cells("bits", args, settings), Bench(folder, args.data, args.tokens, args.calibration, args.length)
     for seed in args.seeds:
         for name in args.only:
-            once = seed != args.seeds[0] and CONTENDERS[name]["method"] == "rtn" and "bits" not in CONTENDERS[name]
+            once = seed != args.seeds[0] and CONTENDERS[name]["method"] == "rtn" and "smooth" not in CONTENDERS[name]
             if not once:  # rounding to nearest reads no text
                 row = cells.measure(f"{name} seed {seed}", bench.judge, name, seed)
-                say(f"{name:32} seed {seed}  {row['bits']:.3f} bits  {100 * row['cost']:+7.2f} %  {row['seconds']}")
+                say(
+                    f"{name:32} seed {seed}  {row['bits']:.3f} bits  {100 * row['cost']:+7.2f} %  KL {row['kl']:.4f}  {row['seconds']}"
+                )
     summary = []
     for name in CONTENDERS:
         rows = [row for key, row in cells.cells.items() if key.rpartition(" seed ")[0] == name]
         if rows:
-            summary.append({"contender": name, "bits": rows[0]["bits"], "cost": spread(row["cost"] for row in rows)})
+            summary.append(
+                {
+                    "contender": name,
+                    "bits": rows[0]["bits"],
+                    "cost": spread(row["cost"] for row in rows),
+                    "kl": spread(row["kl"] for row in rows),
+                }
+            )
     cells.write(reference=bench.reference.perplexity, predicted=bench.reference.tokens, summary=summary)
     print(cells.path)
     return 0

@@ -1,6 +1,6 @@
 """What does compression cost: time against copying the file, memory, GPTQ of a large layer, and what a kill loses?
 
-    sudo python benchmarks/compress_speed.py [--scale 0.02] [--parts rounding gptq resume]
+    sudo python benchmarks/compress_speed.py [--scale 0.02] [--layers 4] [--parts rounding gptq resume]
 
 rounding   OLMoE's shape, 13.8 GB of bf16, to int4:32 with int8:32 elsewhere, by `moestro apply` under a kernel limit of twice the largest
            layer and 500 MB, beside `cp` of the folder; each with an empty page cache, until all is on the disk
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = parser(__doc__)
     p.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     p.add_argument("--repeats", type=int, default=2)
+    p.add_argument("--layers", type=int, default=16, help="of the model that is rounded")
     p.add_argument("--no-limit", action="store_true", help="run without a kernel limit; the results say so")
     args = parse(p, argv)
     if not args.no_limit:
@@ -181,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except limits.Unlimited as error:
             print(f"{error}\n(or run with --no-limit; the results will say that nothing was limited)", file=sys.stderr)
             return 2
-    shape = shapes.Shape.scaled(args.scale)
+    shape = replace(shapes.Shape.scaled(args.scale), layers=args.layers)
     one = shapes.Shape(
         layers=1, width=shape.width, expert_width=shape.expert_width, heads=shape.heads, vocabulary=1024
     )  # fmt: skip

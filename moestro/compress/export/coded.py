@@ -39,11 +39,11 @@ R = TypeVar("R")
 
 
 def side_by_side(fn: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-    """fn of each item, in order; as many at once as there are cores, each on one thread of the linear algebra. While one is taken away and
+    """fn of each item, in order; one more at once than there are cores, each on one thread of the linear algebra. While one is taken away and
     written, the next are on their way."""
     from threadpoolctl import threadpool_limits
 
-    workers, under_way = native.cores(), deque()
+    workers, under_way = native.cores() + 1, deque()  # one reads while the others compute
     with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
         for item in items:
             under_way.append(pool.submit(fn, item))

@@ -9,18 +9,50 @@
 namespace moestro {
 namespace {
 
+constexpr int MOST = 128;  // inputs of a group
+constexpr int LANES = 8;  // running extremes side by side, so that loops vectorise
+
 float largest(const float* w, int group) {  // the first element of largest magnitude, with its sign
+    float sizes[LANES] = {};
+    for (int i = 0; i < group; i += LANES)
+        for (int j = 0; j < LANES; ++j) {
+            const float size = std::fabs(w[i + j]);
+            sizes[j] = size > sizes[j] ? size : sizes[j];
+        }
     float size = 0;
-    for (int i = 0; i < group; ++i) size = std::fabs(w[i]) > size ? std::fabs(w[i]) : size;
+    for (int j = 0; j < LANES; ++j) size = sizes[j] > size ? sizes[j] : size;
     int i = 0;
     while (std::fabs(w[i]) != size) ++i;
     return w[i];
 }
 
-float limited(float value, float low, float high) { return value < low ? low : value > high ? high : value; }
+float highest(const float* w, int group, float sign) {  // of sign * w
+    float tops[LANES];
+    for (int j = 0; j < LANES; ++j) tops[j] = -INFINITY;
+    for (int i = 0; i < group; i += LANES)
+        for (int j = 0; j < LANES; ++j) {
+            const float value = sign * w[i + j];
+            tops[j] = value > tops[j] ? value : tops[j];
+        }
+    float top = tops[0];
+    for (int j = 1; j < LANES; ++j) top = tops[j] > top ? tops[j] : top;
+    return top;
+}
+
+// In two steps: a nested choice would keep loops from being vectorised.
+float limited(float value, float low, float high) {
+    const float above = value < low ? low : value;
+    return above > high ? high : above;
+}
 
 // Nearest whole number, ties to even, for |value| < 2^22, without a call, so that loops vectorise.
 float rounded(float value) { return (value + 12582912.0f) - 12582912.0f; }
+
+// The nearest codes (w - zero) / scale within low and high; zeros where the scale is 0.
+void codes_of(const float* w, int group, float scale, float zero, float low, float high, int* codes) {
+    const float by = scale == 0 ? INFINITY : scale;
+    for (int i = 0; i < group; ++i) codes[i] = static_cast<int>(rounded(limited((w[i] - zero) / by, low, high)));
+}
 
 uint8_t e2m1(float value) {
     const float size = std::fabs(value);
@@ -39,27 +71,25 @@ bool scaled_group(const float* w, int kind, int group, uint8_t* data, void* scal
     } else {
         static_cast<float*>(scales)[index] = scale;
     }
-    int whole[128];
-    const float low = kind == 0 ? -127 : -8, high = kind == 0 ? 127 : 7;
-    for (int i = 0; i < group; ++i) whole[i] = scale == 0 ? 0 : static_cast<int>(rounded(limited(w[i] / scale, low, high)));
+    int whole[MOST];
+    codes_of(w, group, scale, 0, kind == 0 ? -127 : -8, kind == 0 ? 127 : 7, whole);
     if (kind == 0)
         for (int i = 0; i < group; ++i) data[i] = static_cast<uint8_t>(whole[i]);
     else
-        for (int i = 0; i < group; i += 2) data[i / 2] = static_cast<uint8_t>((whole[i] + 8) | (whole[i + 1] + 8) << 4);
+        for (int i = 0; i < group / 2; ++i) data[i] = static_cast<uint8_t>((whole[2 * i] + 8) | (whole[2 * i + 1] + 8) << 4);
     return true;
 }
 
 // Pairs of a scale and a minimum; false when one is not finite.
 bool uint4_group(const float* w, int group, uint8_t* data, uint16_t* pair) {
-    float low = w[0], high = w[0];
-    for (int i = 1; i < group; ++i) low = w[i] < low ? w[i] : low, high = w[i] > high ? w[i] : high;
+    const float high = highest(w, group, 1.0f), low = -highest(w, group, -1.0f);
     pair[0] = to_half((high - low) / 15.0f);
     pair[1] = to_half(low + 0.0f);  // no negative zero
     const float scale = from_half(pair[0]), minimum = from_half(pair[1]);
     if (!std::isfinite(scale) || !std::isfinite(minimum)) return false;
-    int whole[128];
-    for (int i = 0; i < group; ++i) whole[i] = scale == 0 ? 0 : static_cast<int>(rounded(limited((w[i] - minimum) / scale, 0, 15)));
-    for (int i = 0; i < group; i += 2) data[i / 2] = static_cast<uint8_t>(whole[i] | whole[i + 1] << 4);
+    int whole[MOST];
+    codes_of(w, group, scale, minimum, 0, 15, whole);
+    for (int i = 0; i < group / 2; ++i) data[i] = static_cast<uint8_t>(whole[2 * i] | whole[2 * i + 1] << 4);
     return true;
 }
 
@@ -72,7 +102,7 @@ void mxfp4_group(const float* w, int group, uint8_t* data, uint8_t* scale) {
     }
     *scale = static_cast<uint8_t>(exponent);
     const float by = std::ldexp(1.0f, 127 - exponent);  // a power of two, so products are exact or rounded as ldexp would
-    uint8_t codes[128];
+    uint8_t codes[MOST];
     for (int i = 0; i < group; ++i) codes[i] = e2m1(w[i] * by);
     for (int i = 0; i < group; i += 2) data[i / 2] = static_cast<uint8_t>(codes[i] | codes[i + 1] << 4);
 }
