@@ -34,6 +34,7 @@ from moestro.compress.encode.inputs import Inputs
 from moestro.compress.encoding import Encoder
 from moestro.compress.executor import compress
 from moestro.compress.live import compress_live
+from moestro.compress.planner import KINDS
 from moestro.core.errors import MoestroError
 from moestro.core.layer import Runner, RunnerOutput
 from moestro.core.method import catalogue
@@ -58,7 +59,7 @@ PLAIN_BITS = (
 )
 PROBES = {"similarity": {"tokens": 8}}
 SHOWN = ("mixed", "smollm2")
-OTHER = ("neurons", "sparsify", "encode", "bits", "several")
+OTHER = (*(kind for kind in KINDS if kind not in REMOVING), "bits", "several")
 
 
 @dataclass(frozen=True, slots=True)

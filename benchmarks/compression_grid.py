@@ -15,7 +15,7 @@ import numpy as np
 
 from moestro.compress.bits import BitsWish, plan_bits
 from moestro.compress.encode.inputs import Inputs
-from moestro.compress.planner import Wish, plan_compression
+from moestro.compress.planner import KINDS, Wish, plan_compression
 from moestro.core.errors import MoestroError
 from moestro.core.method import catalogue, load
 from moestro.core.plans.compression import CompressionPlan
@@ -38,12 +38,14 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "compress.sparsify.moe_pruner": ({"ratio": 0.125}, {"ratio": 0.25}, {"ratio": 0.5}, {"pattern": "2:4"}),
     "compress.sparsify.low_rank": ({"rank": 128, "kept": 0.5}, {"rank": 64, "kept": 0.25}, {"rank": 32, "kept": 0.1}),
     "compress.encode.rtn": ({}, {"search": True}),
+    "compress.skip.fewer": ({"average": 1.5}, {"average": 1.0}),
+    "compress.skip.odp": ({"share": 0.25}, {"share": 0.5}),
+    "compress.skip.ratio": ({"threshold": 0.25}, {"threshold": 0.5}),
 }
 MIXED = ("int2:64", "int3:64", "int4:64")  # what budgets of bits choose from
 MEANS = (2.5, 3.25)  # bits of a weight with its scales: those of int2:32 and of int3:64
 EVERY_FUSE = "compress.group.hierarchical"  # the grouping that every way to fuse is tried with; the others have the usual one
 REMOVING = ("criterion", "search", "group")
-STEPS = REMOVING + ("neurons", "sparsify", "encode")
 # Some of several steps; encoders at 4 and 3 bits after the least and the most usual shares.
 AFTER = (
     ("compress.criteria.reap", 0.25, "uint4:64"),
@@ -109,7 +111,7 @@ def grid(kinds: Iterable[str], d_expert: int) -> list[Cell]:
     fuses = [row["name"] for row in rows if row["kind"] == "fuse"]
     for row in rows:
         name, kind = row["name"], row["kind"]
-        if kind not in wanted or kind not in STEPS:
+        if kind not in wanted or kind not in KINDS:
             continue
         if kind == "group":
             for fuse in fuses if name == EVERY_FUSE else [f"compress.fuse.{Wish().fuse}"]:
@@ -120,11 +122,11 @@ def grid(kinds: Iterable[str], d_expert: int) -> list[Cell]:
             for ratio in RATIOS:
                 wish = {"ratio": ratio} if kind in REMOVING else {"keep": round(d_expert * (1 - ratio))}
                 found.append(Cell(short(name), share(ratio), kind, (Step(name, wish),)))
-        elif kind == "sparsify":
+        elif kind == "encode":
+            found += encodings(name, "inputs" in row["needs"])
+        else:
             for options in OPTIONS.get(name, ({},)):
                 found.append(Cell(short(name), said(options) or "as usual", kind, (Step(name, {"options": options}),)))
-        else:
-            found += encodings(name, "inputs" in row["needs"])
     if "bits" in wanted:
         found += mixtures(row["name"] for row in rows if row["kind"] == "bits")
     if "several" in wanted:

@@ -98,21 +98,22 @@ def find(report: dict[str, Any], model: str, name: str, level: str) -> Row | Non
 
 
 def pair(report: dict[str, Any], claim: str, model: str, mine: tuple[str, str], other: tuple[str, str]) -> list[str] | None:
-    """One claim that a plan is better than another, seed by seed."""
+    """One claim that a plan is better than another, seed by seed; what reads no calibration text has one seed."""
     a, b = find(report, model, *mine), find(report, model, *other)
     if a is None or b is None:
         return None
-    each = [
-        ratios(report, model, mine)[s] < ratios(report, model, other).get(s, ratios(report, model, other)[0]) for s in a["seeds"]
-    ]
-    verdict = "yes" if all(each) else "no" if not any(each) else f"{sum(each)} of {len(each)} seeds"
-    return [claim, model, f"{', '.join(mine)}: {spread(a)}", f"{', '.join(other)}: {spread(b)}", verdict]
+    verdicts = []
+    for measure in ("ratio", "kl"):
+        ours, theirs = (by_seed(report, model, which, measure) for which in (mine, other))
+        each = [ours[s] < theirs.get(s, theirs[min(theirs)]) for s in ours]
+        verdicts.append("yes" if all(each) else "no" if not any(each) else f"{sum(each)} of {len(each)} seeds")
+    shown = [f"{', '.join(which)}: {spread(row)}, KL {row['kl']:.4f}" for which, row in ((mine, a), (other, b))]
+    return [claim, model, *shown, *verdicts]
 
 
-def ratios(report: dict[str, Any], model: str, which: tuple[str, str]) -> dict[int, float]:
-    name, level = which
-    some = [c for c in report["cells"].values() if (c["model"], c["name"], c["level"]) == (model, name, level)]
-    return {c["seed"]: c["ratio"] for c in some if "ratio" in c}
+def by_seed(report: dict[str, Any], model: str, which: tuple[str, str], measure: str) -> dict[int, float]:
+    some = [c for c in report["cells"].values() if (c["model"], c["name"], c["level"]) == (model, *which)]
+    return {c["seed"]: c[measure] for c in some if "error" not in c}
 
 
 def claims(report: dict[str, Any]) -> str:
@@ -154,7 +155,7 @@ def claims(report: dict[str, Any]) -> str:
                     verdict,
                 ]
             )
-    return rows_of(["claim", "model", "this", "against", "holds"], found) if found else MISSING
+    return rows_of(["claim", "model", "this", "against", "by perplexity", "by KL"], found) if found else MISSING
 
 
 FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
