@@ -153,6 +153,7 @@ def claims(report: dict[str, Any]) -> str:
                     f"{best4['name']}, {best4['level']}: {spread(best4)}",
                     "",
                     verdict,
+                    "",
                 ]
             )
     return rows_of(["claim", "model", "this", "against", "by perplexity", "by KL"], found) if found else MISSING
@@ -190,15 +191,16 @@ def pictures(report: dict[str, Any], folder: Path) -> list[Path]:
         panels = [(said, kinds) for said, kinds in PANELS if any(r["kind"] in kinds for r in rows)]
         if not panels:
             continue
-        figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 6.2), squeeze=False, sharey=True)
+        figure, axes = plt.subplots(1, len(panels), figsize=(7.4 * len(panels), 6.4), squeeze=False)
         for ax, (said, kinds) in zip(axes[0], panels, strict=True):
             curves(ax, [r for r in rows if r["kind"] in kinds], [r for r in rows if r["front"]])
             ax.set_title(said, fontsize=10)
+            ax.set_ylim(LEAST * 0.8, min(3000, 1.4 * max(drawn(r["high"]) for r in rows)))
         axes[0][0].set_ylabel("growth of the perplexity on held-out text")
         figure.suptitle(f"{title}: ringed are the plans that no other beats in both size and quality", fontsize=11)
         figure.tight_layout()
         made.append(folder / f"compression-{model}.png")
-        figure.savefig(made[-1], dpi=100)
+        figure.savefig(made[-1], dpi=90)
         plt.close(figure)
     return made
 
@@ -207,13 +209,18 @@ def drawn(ratio: float) -> float:
     return max(ratio - 1, LEAST)
 
 
+def worst(rows: list[Row], name: str) -> float:
+    return max(r["ratio"] for r in rows if r["name"] == name)
+
+
 def curves(ax: Any, rows: list[Row], front_rows: list[Row]) -> None:
     """A curve for each name, its seeds' range as a bar; of groupings only the best way to fuse."""
     names = list(dict.fromkeys(r["name"] for r in rows))
     for group in dict.fromkeys(n.partition(" + ")[0] for n in names if " + " in n):
         same = [n for n in names if n.startswith(f"{group} + ")]
-        best = min(same, key=lambda n: sum(drawn(r["ratio"]) for r in rows if r["name"] == n))
+        best = min(same, key=lambda n: worst(rows, n))
         names = [n for n in names if n not in same or n == best]
+    names.sort(key=lambda n: -worst(rows, n))  # the legend in the order of the curves' ends
     for i, name in enumerate(names):
         mine = sorted((r for r in rows if r["name"] == name), key=lambda r: r["bits"])
         colour, style = COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--"
@@ -232,11 +239,10 @@ def curves(ax: Any, rows: list[Row], front_rows: list[Row]) -> None:
     ax.minorticks_off()
     steps = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 100, 1000]
     ax.set_yticks(steps, ["0.1 % or less", "0.3 %", "1 %", "3 %", "10 %", "30 %", "x 2", "x 4", "x 11", "x 100", "x 1000"])
-    ax.set_ylim(LEAST * 0.8, min(3000, max(drawn(r["high"]) for r in rows + front_rows) * 1.4))
     ax.grid(color="0.92", lw=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=7.5, loc="upper right")
+    ax.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def main() -> int:
