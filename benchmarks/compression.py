@@ -155,6 +155,7 @@ class Opened:
             "kl": found.quality.kl,
             "kl_error": found.kl_error,
             "agreement": found.agreement,
+            "skipped": found.skipped,
             "bits": bits(plan, self.layout),
             "expert_bytes": plan.sizes[1],
             "bytes": plan.sizes[1] + self.layout.facts.trunk_bytes,
@@ -406,7 +407,7 @@ def by_method(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         if "error" in row or row["model"] not in SHOWN:
             continue
-        main = row["methods"][-1 if row["kind"] == "bits" else 0]
+        main = row["methods"][1 if row["kind"] == "bits" else 0]
         for method in row["methods"]:
             if method == main or (row["kind"] == "group" and row["level"] == "-25 %"):
                 some = f" ({row['low']:.4f} to {row['high']:.4f})" if len(row["seeds"]) > 1 else ""

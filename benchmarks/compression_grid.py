@@ -42,6 +42,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "compress.skip.odp": ({"share": 0.25}, {"share": 0.5}),
     "compress.skip.ratio": ({"threshold": 0.25}, {"threshold": 0.5}),
 }
+BEFORE = {
+    "smooth": "smooth",
+    "encode_router": "router",
+}  # kinds that `plan bits` takes beside an encoder, and their places in its wish
 MIXED = ("int2:64", "int3:64", "int4:64")  # what budgets of bits choose from
 MEANS = (2.5, 3.25)  # bits of a weight with its scales: those of int2:32 and of int3:64
 EVERY_FUSE = "compress.group.hierarchical"  # the grouping that every way to fuse is tried with; the others have the usual one
@@ -84,9 +88,8 @@ class Cell:
         """Every method of the catalogue that has a part in it."""
         named = [step.method for step in self.steps]
         for step in self.steps:
-            for key in ("fuse", "budget"):
-                if key in step.wish:
-                    named.append(f"compress.{key}.{step.wish[key].rpartition('.')[2]}")
+            named += [f"compress.fuse.{step.wish['fuse']}"] if "fuse" in step.wish else []
+            named += [step.wish[key] for key in ("budget", "smooth", "router") if key in step.wish]
         return tuple(dict.fromkeys(named))
 
     @property
@@ -129,6 +132,9 @@ def grid(kinds: Iterable[str], d_expert: int) -> list[Cell]:
                 found.append(Cell(short(name), said(options) or "as usual", kind, (Step(name, {"options": options}),)))
     if "bits" in wanted:
         found += mixtures(row["name"] for row in rows if row["kind"] == "bits")
+        for row in rows:
+            if part := BEFORE.get(row["kind"]):
+                found += before(row["name"], part)
     if "several" in wanted:
         found += (c for c in combinations(d_expert) if c.steps[0].method.split(".")[1] == "neurons" or wanted & set(REMOVING))
     return found
@@ -176,6 +182,14 @@ def mixtures(budgets: Iterable[str]) -> Iterator[Cell]:
                 for bits in MEANS if budget == USUAL_BUDGET else MEANS[:1]:
                     wish = wish | {"codecs": MIXED, "bits": bits, "budget": budget, "budget_options": options}
                     yield Cell(title, f"{bits:g} bits", "bits", (Step(method, wish, bits=True),))
+
+
+def before(name: str, part: str) -> Iterator[Cell]:
+    """What comes before an encoder, and the encoder at 4 and 3 bits."""
+    for codec in ("int4:64", "int3:64"):
+        yield Cell(
+            f"{short(name)}, then {short(LAST)}", codec, "bits", (Step(LAST, {"codecs": (codec,), part: name}, bits=True),)
+        )
 
 
 def _options(name: str) -> list[dict[str, Any]]:

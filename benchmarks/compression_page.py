@@ -18,7 +18,7 @@ IMAGES = HERE.parent / "docs" / "images"
 LEAST = 1e-3  # the smallest growth of the perplexity that is drawn; what is below, or better than the original, lies on this line
 # What is drawn in one picture: panels of (title, kinds), and the colour of each curve in the order of the rows.
 PANELS = (
-    ("fewer experts or neurons", ("criterion", "search", "group", "neurons", "sparsify")),
+    ("fewer experts, neurons or numbers", ("criterion", "search", "group", "neurons", "sparsify", "skip")),
     ("fewer bits", ("encode", "bits", "several")),
 )
 COLOURS = (
