@@ -28,13 +28,12 @@ import cells
 import limits
 import numpy as np
 import shapes
-from compression_grid import REMOVING, Cell, grid, planned, short
+from compression_grid import OTHER, REMOVING, Cell, grid, planned, short
 
 from moestro.compress.encode.inputs import Inputs
 from moestro.compress.encoding import Encoder
 from moestro.compress.executor import compress
 from moestro.compress.live import compress_live
-from moestro.compress.planner import KINDS
 from moestro.core.errors import MoestroError
 from moestro.core.layer import Runner, RunnerOutput
 from moestro.core.method import catalogue
@@ -59,7 +58,6 @@ PLAIN_BITS = (
 )
 PROBES = {"similarity": {"tokens": 8}}
 SHOWN = ("mixed", "smollm2")
-OTHER = (*(kind for kind in KINDS if kind not in REMOVING), "bits", "several")
 
 
 @dataclass(frozen=True, slots=True)

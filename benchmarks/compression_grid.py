@@ -50,6 +50,7 @@ MIXED = ("int2:64", "int3:64", "int4:64")  # what budgets of bits choose from
 MEANS = (2.5, 3.25)  # bits of a weight with its scales: those of int2:32 and of int3:64
 EVERY_FUSE = "compress.group.hierarchical"  # the grouping that every way to fuse is tried with; the others have the usual one
 REMOVING = ("criterion", "search", "group")
+OTHER = (*(kind for kind in KINDS if kind not in REMOVING), "bits", "several")
 # Some of several steps; encoders at 4 and 3 bits after the least and the most usual shares.
 AFTER = (
     ("compress.criteria.reap", 0.25, "uint4:64"),
