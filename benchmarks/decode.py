@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     shape = shapes.Shape.scaled(args.scale)
     contenders = [
-        programs.moestro(shape, args.work, bits=4, say=say),
+        programs.moestro(shape, args.work, bits=4, say=say, trace=False),
         programs.llama_cpp(shape, args.work, matrices="q4_0", threads=args.threads, say=say),
     ]
     active = shape.active_bytes(BITS)

@@ -1,6 +1,7 @@
 """moestro's engine, its memory budget the same as the kernel's limit. See session.py.
 
-Options: of Engine.open, such as store; `plan` is the file of a plan, which then says memory and context.
+Options: of Engine.open, such as store; `plan` is the file of a plan, which then says memory and context. Unless trace is false, how
+much the routing repeats is told.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ class Moestro:
             options["plan"] = read_plan(file)
         else:
             options |= {"memory": spec["memory"], "context": self.context}
-        # The trace is a few integers per layer and token; it tells how much the routing repeats.
-        self.engine = Engine.open(spec["model"], threads=spec["threads"], trace=True, **options)
+        self.engine = Engine.open(spec["model"], threads=spec["threads"], **{"trace": True, **options})
 
     def start(self) -> None:
         self.engine.begin()
@@ -64,7 +64,7 @@ class Moestro:
             "prefetch": plan.prefetch,
             "trunk": type(self.engine.trunk).__name__,
             "forecast": forecast,
-            "overlap": self._overlap(),
+            "overlap": None if self.engine.recorder is None else self._overlap(),
             "exact": not self.engine.changes,
             "changes": list(self.engine.changes),
         }
