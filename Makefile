@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test lint catalogue docs bench clean
+.PHONY: install demo test lint sanitize catalogue docs bench clean
 
 install: $(READY)
 
@@ -27,6 +27,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# Builds the native code with sanitizers, in build/sanitize, and runs the tests that lie on it; valgrind has to be installed for its part.
+sanitize: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt nanobind cmake
+	$(BIN)/python tests/kernels/sanitize.py
 
 catalogue: $(READY)
 	$(BIN)/python -m moestro.core.catalogue
