@@ -59,7 +59,11 @@ TrunkCodecChoice = Annotated[
     ),
 ]
 Scope = Annotated[
-    str | None, typer.Option(help="Slots shared by all layers (global) or divided among them (layer).", show_default=False)
+    str | None,
+    typer.Option(
+        help="Slots shared by all layers (global), divided among them (layer), or among the widths of experts in unlike bits (width).",
+        show_default=False,
+    ),
 ]
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", min=1, help="Compute threads; all cores if not given.", show_default=False)

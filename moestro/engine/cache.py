@@ -6,6 +6,7 @@ The `SlotTable` decides who gets which slot; the cache does what it decided. An 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Self
 
@@ -14,6 +15,7 @@ import numpy as np
 from moestro.core.experts import ExpertKey
 from moestro.engine.store import ExpertStore, Views, arrived
 from moestro.engine.table import Moment, Placement, SlotTable
+from moestro.engine.widths import WidthTable
 from moestro.kernels.ffn import ExpertView
 from moestro.kernels.reader import Reader, aligned
 from moestro.kernels.step import Shelf
@@ -57,11 +59,18 @@ class ExpertCache:
     """Slots filled from a store by a reader, as a table decides.
 
     The store must be attached to the reader. The pool's pages cost nothing until they are first used. views: experts in
-    memory and runnable. shelf: the same for native code, kept if it is given. tickets: experts on their way. Hits and misses are
-    counted by the table.
+    memory and runnable. shelf: the same for native code, kept if it is given. tickets: experts on their way. slot_bytes: of each pool
+    of the table, where the store's is too much for some. Hits and misses are counted by the table.
     """
 
-    def __init__(self, store: ExpertStore, table: SlotTable, reader: Reader, shelf: Shelf | None = None) -> None:
+    def __init__(
+        self,
+        store: ExpertStore,
+        table: SlotTable | WidthTable,
+        reader: Reader,
+        shelf: Shelf | None = None,
+        slot_bytes: Sequence[int] | None = None,
+    ) -> None:
         self.store, self.table, self.reader = store, table, reader
         self.views: dict[ExpertKey, ExpertView] = {}
         self.tickets: dict[ExpertKey, int] = {}
@@ -69,8 +78,9 @@ class ExpertCache:
         self._torn = False  # an error broke off what belongs together: some residents may have no bytes
         self._landing: dict[int, int] = {}  # slots that a read nobody wants any more is still filling, and its ticket
         self._made: dict[int, Views] = {}  # of each slot
-        self._slot_bytes = store.slot_bytes
-        self._pool = aligned(sum(table.slots) * self._slot_bytes)
+        sizes = [store.slot_bytes] * len(table.slots) if slot_bytes is None else slot_bytes
+        self._starts = [0, *itertools.accumulate(size for n, size in zip(table.slots, sizes, strict=True) for _ in range(n))]
+        self._pool = aligned(self._starts[-1])
         self.shelf = shelf
 
     @property
@@ -84,8 +94,7 @@ class ExpertCache:
 
     def slot(self, number: int) -> np.ndarray:
         """The bytes of one slot."""
-        size = self._slot_bytes
-        return self._pool[number * size : (number + 1) * size]
+        return self._pool[self._starts[number] : self._starts[number + 1]]
 
     @contextlib.contextmanager
     def acquire(self, keys: Sequence[ExpertKey], moment: Moment) -> Iterator[Lease]:

@@ -31,6 +31,7 @@ from moestro.engine.sample import SamplingParams
 from moestro.engine.store import ExpertStore, PackedStore, SourceStore, load
 from moestro.engine.table import Moment, SlotTable
 from moestro.engine.trunk import State, TransformersTrunk, Trunk, has_recurrent_states
+from moestro.engine.widths import Widths, WidthTable, table_of
 from moestro.kernels.ffn import ExpertView
 from moestro.kernels.native import available, cores
 from moestro.kernels.reader import READERS, Reader
@@ -80,7 +81,11 @@ class Engine:
                 fix="run `moestro apply` with this plan, or plan again",
             )
         eviction = eviction_factory(plan.eviction, plan.eviction_options)
-        table = SlotTable(plan.slots, plan.scope, eviction, layers=len(self.facts.layers), pinned=plan.pinned)
+        widths = None
+        if plan.scope == "width":
+            assert plan.precision is not None and isinstance(self.store, PackedStore), "checked above"
+            widths = Widths.of(plan.precision.experts_LE, self.store.sizes_LE)
+        table = table_of(plan.slots, plan.scope, eviction, layers=len(self.facts.layers), pinned=plan.pinned, widths=widths)
         prefetcher = self._prefetcher(table)
         self.taps = RoutingTaps.of(checkpoint)
         self.tasks, self.task = tasks, ""
@@ -98,7 +103,7 @@ class Engine:
             self.store.attach(self.reader)
             widest = max(layer.num_experts for layer in self.facts.layers)
             shelf = Shelf(len(self.facts.layers), widest) if available() else None
-            self.cache = ExpertCache(self.store, table, self.reader, shelf)
+            self.cache = ExpertCache(self.store, table, self.reader, shelf, None if widths is None else widths.slot_bytes_W)
             self.dispatch = Dispatch(self.cache, self.facts.layers, self.threads, prefetcher)
             self.trunk: Trunk = self._load_trunk()
         except BaseException:
@@ -192,7 +197,7 @@ class Engine:
 
     # What the engine is made of
 
-    def _prefetcher(self, table: SlotTable) -> Prefetcher | None:
+    def _prefetcher(self, table: SlotTable | WidthTable) -> Prefetcher | None:
         plan = self.plan
         experts = tuple(layer.num_experts for layer in self.facts.layers)
         predictor = make_predictor(plan.predictor, len(experts), experts, plan.predictor_options)

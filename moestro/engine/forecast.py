@@ -16,6 +16,7 @@ from moestro.core.layer import ModelFacts
 from moestro.core.plans.residency import Forecast
 from moestro.core.trace import Trace
 from moestro.engine.replay import CacheReport, replay
+from moestro.engine.widths import Widths
 
 REPEATED = 0.6  # share of experts that the next token uses again in the friendlier of the two assumed routings
 # Of models with more layers only so many are simulated, with slots in proportion. The hit rate differs by some 2 points, and by
@@ -35,9 +36,10 @@ def assumed_hit_rate(
     *,
     repeated: float,
     seed: int = 0,
+    widths: Widths | None = None,
 ) -> float:
     """Decode hit rate of a warm cache when each expert of a token stays for the next with probability `repeated`, else a uniform
-    other one takes its place; `repeated` = 0 draws every token anew, uniformly."""
+    other one takes its place; `repeated` = 0 draws every token anew, uniformly. With scope 'width' it is the share of the bytes."""
     layers = facts.layers[:LAYERS_SIMULATED]
     rng = np.random.default_rng(seed)
     warm = min(256, max(math.ceil(5 * la.num_experts / la.top_k) for la in layers))
@@ -64,6 +66,15 @@ def assumed_hit_rate(
         sizes,
         "",
     )
+    if scope == "width":
+        assert widths is not None
+        few = widths.first(len(layers))
+        shares = zip(slots, few.least_W([la.top_k for la in layers]), few.experts_W, widths.experts_W, strict=True)
+        split = tuple(max(1, low, min(some, round(n * some / every))) for n, low, some, every in shares)
+        found = replay(trace, split, scope, eviction, eviction_options=options, widths=few)
+        bytes_LE = [np.asarray(row) for row in few.bytes_LE]
+        asked = sum(int(row_E[ids[ids >= 0]].sum()) for row_E, ids in zip(bytes_LE, experts_LTK[:, warm:], strict=True))
+        return 1 - found.missed_bytes[True] / asked
     if scope == "layer":
         split = tuple(slots[: len(layers)])
     else:

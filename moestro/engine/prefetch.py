@@ -15,6 +15,7 @@ import numpy as np
 from moestro.core.experts import ExpertKey
 from moestro.core.routing import Array
 from moestro.engine.table import Moment, Placement, SlotTable
+from moestro.engine.widths import WidthTable
 
 # A guess is read while at least this share of its like was right: about where the disk time lost equals the waiting saved.
 TRUST, RATE = 0.6, 1 / 32
@@ -75,7 +76,7 @@ class Prefetcher:
         trust: 0 believes everything.
     """
 
-    def __init__(self, predictor: Predictor, table: SlotTable, width: int, trust: float = TRUST) -> None:
+    def __init__(self, predictor: Predictor, table: SlotTable | WidthTable, width: int, trust: float = TRUST) -> None:
         self.predictor, self.table, self.width, self.trust = predictor, table, width, trust
         self._beliefs = tuple(_Belief(width, table.layers, trust) for _ in range(2))
         self._guessed: list[tuple[int, int]] = []  # (rank, expert) of the layer to come that were not in memory

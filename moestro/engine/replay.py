@@ -22,6 +22,7 @@ from moestro.core.trace import Trace
 from moestro.engine.evict.lru import Lru
 from moestro.engine.prefetch import Glimpse, Prefetcher
 from moestro.engine.table import Counts, Eviction, Moment, SlotTable, needed
+from moestro.engine.widths import Widths, table_of
 from moestro.kernels import replay as native
 from moestro.kernels.native import cores
 
@@ -252,21 +253,23 @@ def replay(
     pinned: Sequence[ExpertKey] = (),
     expert_bytes: Sequence[int] | None = None,
     asked: Demands | None = None,
+    widths: Widths | None = None,
 ) -> CacheReport:
     """Count hits and misses as the live engine would.
 
     Args:
-        slots, scope, pinned: as `SlotTable` takes them.
+        slots, scope, pinned: as `SlotTable` takes them, or scope 'width' with one number per width.
         prefetch: experts asked for ahead per layer; 0 for none.
         expert_bytes: of one expert, per layer; without it bytes are 0.
         asked: `Demands(trace)`, if it is there already.
+        widths: of experts that differ in size; bytes are then counted expert by expert instead of by `expert_bytes`.
 
     Raises:
         InputError: slots, names or options that cannot be.
     """
     asked = Demands(trace) if asked is None else asked
     ahead = bool(prefetch) and predictor != NONE
-    if not (ahead or pinned or eviction_options or predictor_options):
+    if not (ahead or pinned or eviction_options or predictor_options or widths):
         SlotTable(slots, scope, Lru, layers=trace.layers)  # refuses what cannot be
         load(predictor, "predictor")
         if found := count(asked, eviction, scope, [slots]):
@@ -276,7 +279,8 @@ def replay(
     }
     known = asked.future if "future" in needs else None
     factory = eviction_factory(eviction, eviction_options, known)
-    table = SlotTable(slots, scope, factory, layers=trace.layers, pinned=pinned)
+    table = table_of(slots, scope, factory, layers=trace.layers, pinned=pinned, widths=widths)
+    missed, loaded = [0, 0], [0, 0]  # bytes in decode and prefill
     guesser = make_predictor(predictor, trace.layers, trace.num_experts, predictor_options, known)
     if ahead:
         prefetcher = Prefetcher(guesser, table, prefetch)
@@ -285,16 +289,25 @@ def replay(
         for moment, keys, rows in asked.list:
             layer = moment.layer
             for wave in table.waves(keys, moment):
+                if widths is not None:
+                    missed[moment.prefill] += widths.read(wave.placements)
                 if wave.last:
                     glimpse = None if ahead_LTK is None or layer + 1 == trace.layers else Glimpse(ahead_TW=ahead_LTK[layer, rows])
-                    prefetcher.routed(experts_LTK[layer, rows], moment, glimpse)
+                    hinted = prefetcher.routed(experts_LTK[layer, rows], moment, glimpse)
+                    if widths is not None:
+                        loaded[moment.prefill] += widths.read(hinted)
     else:
         for moment, keys, _ in asked.list:
-            for _ in table.waves(keys, moment):
-                pass
+            for wave in table.waves(keys, moment):
+                if widths is not None:
+                    missed[moment.prefill] += widths.read(wave.placements)
     decode, prefill = ([table.counts(prefill=p, layer=i) for i in range(trace.layers)] for p in (False, True))
     said = {"predictor": predictor, "prefetch": prefetch, "pinned": len(pinned)}
-    return _report(trace, slots, scope, (decode, prefill), eviction, expert_bytes, **said)
+    report = _report(trace, slots, scope, (decode, prefill), eviction, expert_bytes, **said)
+    if widths is None:
+        return report
+    both = (missed[1], missed[0]), (missed[1] + loaded[1], missed[0] + loaded[0])
+    return replace(report, missed_bytes=both[0], read_bytes=both[1])
 
 
 def _report(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ from moestro.engine.replay import (
     replay,
 )
 from moestro.engine.sizes import format_size, parse_size
+from moestro.engine.widths import Widths, fill, split_by_use, split_evenly
 
 if TYPE_CHECKING:
     from moestro.models.checkpoint import Checkpoint
@@ -68,8 +70,8 @@ class Setting:
     predictor_options: dict[str, Any] = field(default_factory=dict)
     prefetch: int = 0
 
-    def replay(self, trace: Trace, asked: Demands, sizes: Sequence[int]) -> CacheReport:
-        """Count this setting on a trace. sizes: bytes of one expert, per layer."""
+    def replay(self, trace: Trace, asked: Demands, sizes: Sequence[int], widths: Widths | None = None) -> CacheReport:
+        """Count this setting on a trace. sizes: bytes of one expert, per layer; widths: of each, where they differ."""
         return replay(
             trace,
             self.slots,
@@ -82,6 +84,7 @@ class Setting:
             pinned=self.pinned,
             expert_bytes=sizes,
             asked=asked,
+            widths=widths,
         )
 
 
@@ -124,6 +127,7 @@ def decide(
     trunk: str = "transformers",
     trunk_codec: str = "stored",
     precision: Precision | None = None,
+    widths: Widths | None = None,
 ) -> ResidencyPlan:
     """The plan for `memory` bytes in all.
 
@@ -138,12 +142,13 @@ def decide(
             assumed routings.
         scope, eviction, predictor, prefetch and options: chosen by the caller, not here.
         trunk: 'native' or 'transformers'. codec, trunk_codec, precision: as the plan says them.
+        widths: sizes of the experts, where `precision` gives them different ones: slots may then be as large as the widths need.
 
     Raises:
         BudgetError: the budget cannot hold the trunk and the experts of one token's layer; `.smallest` can.
         InputError: a name, an option or a number that cannot be. TraceError: a trace of another model.
     """
-    _check(facts, context, batch, chunk, dtype, scope)
+    _check(facts, context, batch, chunk, dtype, scope, widths)
     if trace is not None:
         trace.check_model(facts.fingerprint)
         if not trace.tokens:
@@ -152,7 +157,10 @@ def decide(
     context = min(context or 2048, facts.context)
     kv_cache = facts.kv_values_per_token * context * batch * itemsize
     top_k = [layer.top_k for layer in facts.layers]
-    least = sum(top_k) if scope == "layer" else max(top_k)
+    if scope == "width":
+        least_bytes = sum(n * size for n, size in zip(widths.least_W(top_k), widths.slot_bytes_W))  # type: ignore[union-attr]
+    else:
+        least_bytes = (sum(top_k) if scope == "layer" else max(top_k)) * slot_bytes
 
     def buffers_of(chunk: int) -> int:
         masked = trunk == "transformers"
@@ -161,23 +169,29 @@ def decide(
     fixed = runtime_bytes + trunk_bytes + kv_cache
     if chunk is None:
         left = memory - fixed
-        fits = [c for c in CHUNKS if buffers_of(c) - MARGIN <= SHARE * left and buffers_of(c) + least * slot_bytes <= left]
+        fits = [c for c in CHUNKS if buffers_of(c) - MARGIN <= SHARE * left and buffers_of(c) + least_bytes <= left]
         chunk = fits[0] if fits else CHUNKS[-1]
     buffers = buffers_of(chunk)
-    smallest = fixed + buffers + least * slot_bytes
+    smallest = fixed + buffers + least_bytes
     if memory < smallest:
         raise BudgetError(
             f"{format_size(memory)} cannot hold this model: runtime {format_size(runtime_bytes)}, trunk {format_size(trunk_bytes)}, "
-            f"KV cache {format_size(kv_cache)}, buffers {format_size(buffers)} and {least} experts of {format_size(slot_bytes)}",
+            f"KV cache {format_size(kv_cache)}, buffers {format_size(buffers)} and one token's experts {format_size(least_bytes)}",
             smallest=smallest,
             expected=f"at least {format_size(smallest)}",
             fix=f"--memory {format_size(smallest)}" + (", or a smaller --context" if kv_cache > smallest // 10 else ""),
         )
     total = sum(layer.num_experts for layer in facts.layers)
-    capacity = min(total, (memory - fixed - buffers) // slot_bytes)
+    left = memory - fixed - buffers
+    capacity = min(total, left // slot_bytes)
     asked = _named(eviction, eviction_options, predictor, predictor_options, facts)
-    chosen, report = _choose(facts, capacity, scope, asked, prefetch, trace, trunk_bytes, disk_rate, memory_rate, trunk)
-    spent = Memory(memory, runtime_bytes, trunk_bytes, kv_cache, buffers, sum(chosen.slots) * slot_bytes)
+    room = None if widths is None else _Room(left, widths)
+    chosen, report = _choose(facts, capacity, scope, asked, prefetch, trace, trunk_bytes, disk_rate, memory_rate, trunk, room)
+    if chosen.scope == "width":
+        experts = sum(n * size for n, size in zip(chosen.slots, widths.slot_bytes_W, strict=True))  # type: ignore[union-attr]
+    else:
+        experts = sum(chosen.slots) * slot_bytes
+    spent = Memory(memory, runtime_bytes, trunk_bytes, kv_cache, buffers, experts)
     options: dict[str, Any] = {"memory": memory, "context": context, "batch": batch, "chunk": chunk}
     if chosen.allocation:
         options["allocation"] = chosen.allocation
@@ -203,17 +217,21 @@ def decide(
         trunk=trunk,
         trunk_codec=trunk_codec,
         precision=precision,
-        forecast=_forecast(facts, chosen, report, capacity == total, trunk_bytes, disk_rate, memory_rate, trunk),
+        forecast=_forecast(facts, chosen, report, sum(chosen.slots) == total, trunk_bytes, disk_rate, memory_rate, trunk, widths),
     )
     plan.check(facts)
     return plan
 
 
-def _check(facts: ModelFacts, context: int | None, batch: int, chunk: int | None, dtype: str, scope: str | None) -> None:
+def _check(
+    facts: ModelFacts, context: int | None, batch: int, chunk: int | None, dtype: str, scope: str | None, widths: Widths | None
+) -> None:
     if dtype != "auto" and dtype not in ITEMSIZE:
         raise InputError(f"dtype is {dtype!r}", expected="auto, " + ", ".join(ITEMSIZE))
-    if scope not in (None, "global", "layer"):
-        raise InputError(f"scope is {scope!r}", expected="'global' or 'layer'")
+    if scope not in (None, "global", "layer", "width"):
+        raise InputError(f"scope is {scope!r}", expected="'global', 'layer' or 'width'")
+    if scope == "width" and widths is None:
+        raise InputError("scope is 'width', and the experts have one width", expected="'global' or 'layer'")
     for name, value in (("context", context), ("batch", batch), ("chunk", chunk)):
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}", expected="at least 1")
@@ -298,10 +316,17 @@ def _choose(
     disk_rate: float,
     memory_rate: float,
     trunk: str,
+    room: _Room | None,
 ) -> tuple[Setting, CacheReport | None]:
     """The setting, and its replay if there is a trace."""
     sizes, top_k = [la.expert_bytes for la in facts.layers], max(la.top_k for la in facts.layers)
-    settings, uneven = _settings(facts, capacity, scope, asked, trace)
+    total = sum(la.num_experts for la in facts.layers)
+    by_width = [] if room is None or (scope or "width") != "width" else room.settings(facts, asked, trace)
+    if scope == "width" and not by_width:
+        raise InputError(
+            f"{asked.eviction} pins experts, whatever their widths", expected="another policy, or scope 'global' or 'layer'"
+        )
+    settings, uneven = ([], []) if scope == "width" else _settings(facts, capacity, scope, asked, trace)
     if prefetch == 0 or (prefetch is None and asked.predictor == NONE):
         asked = replace(asked, predictor=NONE, predictor_options={})
     fixed = None
@@ -309,24 +334,34 @@ def _choose(
         width = 0 if asked.predictor == NONE else prefetch or top_k
         fixed = {"predictor": asked.predictor, "predictor_options": asked.predictor_options, "prefetch": width}
     if trace is None:
-        if capacity == sum(la.num_experts for la in facts.layers):
-            return replace(settings[0], **(fixed or {})), None
-        return replace(_by_assumption(facts, settings), **(fixed or {"predictor": GATE, "prefetch": prefetch or top_k})), None
-    demands = Demands(trace)
-    if capacity == sum(la.num_experts for la in facts.layers):  # all policies are the same
-        settings, uneven = settings[:1], []
+        whole = next((s for s in (*settings, *by_width) if sum(s.slots) == total), None)
+        if whole is not None:
+            return replace(whole, **(fixed or {})), None
+        best = _by_assumption(facts, [*settings, *by_width], None if room is None else room.widths)
+        return replace(best, **(fixed or {"predictor": GATE, "prefetch": prefetch or top_k})), None
+    demands, widths = Demands(trace), None if room is None else room.widths
+    if capacity == total and settings:  # all policies are the same
+        settings, uneven, by_width = settings[:1], [], []
     reports = [setting.replay(trace, demands, sizes) for setting in settings]
     layered = [(report.hit_rate, setting.eviction) for setting, report in zip(settings, reports) if setting.scope == "layer"]
     if layered:
         more = [setting for setting in uneven if setting.eviction == max(layered)[1]]
         settings = [*settings, *more]
         reports += [setting.replay(trace, demands, sizes) for setting in more]
-    best = max(report.hit_rate for report in reports)
-    number = next(i for i, report in enumerate(reports) if report.hit_rate >= best - TIE)
+    best = max((report.hit_rate for report in reports), default=0.0)
+    number = next((i for i, report in enumerate(reports) if report.hit_rate >= best - TIE), None)
+    # Hits are not alike where experts differ in size: what counts is what has to be read.
+    tried = [*settings[number : number + 1], *by_width] if widths is not None and number is not None else by_width
+    if tried:
+        exact = [setting.replay(trace, demands, sizes, widths) for setting in tried]
+        least_bytes = min(report.missed_bytes_per_token() for report in exact)
+        number = next(i for i, report in enumerate(exact) if report.missed_bytes_per_token() * PAYS <= least_bytes)
+        settings, reports = tried, exact
+    assert number is not None, "there is a setting"
     chosen, report = settings[number], reports[number]
     if fixed is not None:
         chosen = replace(chosen, **fixed)
-        return chosen, chosen.replay(trace, demands, sizes) if chosen.prefetch else report
+        return chosen, chosen.replay(trace, demands, sizes, widths) if chosen.prefetch else report
     compute = compute_seconds(facts, trunk_bytes, memory_rate, trunk)
     least = PAYS * seconds_per_token(report, compute, disk_rate)
     if not report.decode_tokens or not report.missed_bytes_per_token():
@@ -336,7 +371,7 @@ def _choose(
     for name in names:
         for width in [prefetch] if prefetch else sorted({max(1, top_k // 2), top_k}):
             candidate = replace(plain, predictor=name, prefetch=width)
-            found = candidate.replay(trace, demands, sizes)
+            found = candidate.replay(trace, demands, sizes, widths)
             if (seconds := seconds_per_token(found, compute, disk_rate)) < least:
                 chosen, report, least = candidate, found, seconds
     if chosen is plain and trace.ahead_LTK is None:  # the trace cannot say, so the engine finds out while it runs
@@ -344,12 +379,39 @@ def _choose(
     return chosen, report
 
 
-def _by_assumption(facts: ModelFacts, settings: Sequence[Setting]) -> Setting:
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """Bytes for experts that differ in size."""
+
+    nbytes: int
+    widths: Widths
+
+    def settings(self, facts: ModelFacts, asked: _Asked, trace: Trace | None) -> list[Setting]:
+        """Slots as large as each width needs: of every width the same share and, with a trace, as its uses of the experts say, and halfway."""
+        top_k = [la.top_k for la in facts.layers]
+        low_W = self.widths.least_W(top_k)
+        if sum(n * size for n, size in zip(low_W, self.widths.slot_bytes_W)) > self.nbytes:
+            return []
+        names = [asked.eviction] if asked.eviction else [LRU, card_of(EdgeMoe).name]
+        if any("counts" in card_of(load(name, "eviction")).needs for name in names):
+            return []  # what it pins is not chosen by width
+        splits = [split_evenly(self.nbytes, self.widths, low_W)]
+        if trace is not None:
+            splits.append(split_by_use(self.nbytes, self.widths, low_W, trace.counts()))
+            splits.append(fill(self.nbytes, self.widths, low_W, np.sum(splits, axis=0)))  # halfway
+        return [Setting("width", slots, name, asked.eviction_options) for slots in dict.fromkeys(splits) for name in names]
+
+
+def _by_assumption(facts: ModelFacts, settings: Sequence[Setting], widths: Widths | None = None) -> Setting:
     """The setting with the best mean hit rate over the two assumed routings, uniform and repeating; the simpler one on a tie."""
     if len(settings) == 1:
         return settings[0]
     rates = [
-        sum(assumed_hit_rate(facts, s.scope, s.slots, s.eviction, s.eviction_options, repeated=p) for p in (0.0, REPEATED)) / 2
+        sum(
+            assumed_hit_rate(facts, s.scope, s.slots, s.eviction, s.eviction_options, repeated=p, widths=widths)
+            for p in (0.0, REPEATED)
+        )
+        / 2
         for s in settings
     ]
     return next(s for s, rate in zip(settings, rates, strict=True) if rate >= max(rates) - TIE)
@@ -364,6 +426,7 @@ def _forecast(
     disk_rate: float,
     memory_rate: float,
     trunk: str,
+    widths: Widths | None,
 ) -> Forecast:
     """Hit rates from uniform routing to the trace's; without a trace to that of routing that repeats 60 % of the experts."""
     rates: dict[str, Any] = {"trunk_bytes": trunk_bytes, "disk_rate": disk_rate, "memory_rate": memory_rate, "trunk": trunk}
@@ -372,7 +435,7 @@ def _forecast(
     # Pins and predictors were fitted to the trace; on other routing they are worth nothing, so the low end goes without.
     eviction = chosen.eviction if not chosen.pinned else LRU
     options = chosen.eviction_options if not chosen.pinned else {}
-    low = assumed_hit_rate(facts, chosen.scope, chosen.slots, eviction, options, repeated=0.0)
+    low = assumed_hit_rate(facts, chosen.scope, chosen.slots, eviction, options, repeated=0.0, widths=widths)
     if report is not None and report.decode_tokens:
         # A prefetched expert has been read all the same, so what counts for the disk is what was read, not what hit.
         read = report.read_bytes_per_token()
@@ -385,7 +448,7 @@ def _forecast(
             missed_bytes_per_token=read,
             **rates,
         )
-    high = assumed_hit_rate(facts, chosen.scope, chosen.slots, eviction, options, repeated=REPEATED)
+    high = assumed_hit_rate(facts, chosen.scope, chosen.slots, eviction, options, repeated=REPEATED, widths=widths)
     return forecast(facts, (low, max(low, high)), expert_bytes=facts.active_expert_bytes, **rates)
 
 
@@ -447,12 +510,15 @@ def plan_residency(
             expected="the native trunk, which computes with quantised weights",
             fix="leave the trunk as stored",
         )
-    store = SourceStore(checkpoint, layout)
+    store, widths = SourceStore(checkpoint, layout), None
     slot_bytes, extra_bytes = store.slot_bytes, store.extra_bytes
     first = layout.parts(ExpertKey(0, 0))
     if codec != "stored":
         sizes_LE = expert_sizes(checkpoint, layout, codec, precision)
         slot_bytes, extra_bytes = pages(max(max(row) for row in sizes_LE)), 0
+        if precision is not None and len(set(itertools.chain(*sizes_LE))) > 1:
+            found = Widths.of(precision.experts_LE, sizes_LE)
+            widths = found if len(found.experts_W) == len(precision.widths) and all(found.experts_W) else None
         means = [sum(row) // len(row) for row in sizes_LE]
         facts = replace(facts, layers=tuple(replace(la, expert_bytes=n) for la, n in zip(facts.layers, means, strict=True)))
     if disk_rate is None:
@@ -481,6 +547,7 @@ def plan_residency(
         trunk=trunk,
         trunk_codec=trunk_codec,
         precision=precision,
+        widths=widths,
         **options,
     )
 

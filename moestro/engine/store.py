@@ -377,6 +377,11 @@ class PackedStore:
         return out
 
     @property
+    def sizes_LE(self) -> list[list[int]]:
+        """Bytes to read for each expert as it is used now."""
+        return [[use.nbytes for use in row] for row in self._uses]
+
+    @property
     def cut(self) -> bool:
         """Whether some experts are used with fewer bits than they are kept with."""
         return any(0 < p < PLANES[-1] for row in self.planes_LE for p in row)

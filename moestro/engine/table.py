@@ -133,6 +133,7 @@ class SlotTable:
         layers: L, number of MoE layers.
         pinned: experts with a slot of their own; each is loaded at its first demand (a miss like any other) or hint and never
             leaves. They take slots from their pool, and the policy never hears of them.
+        first: number of the first slot.
 
     Raises:
         InputError: an unknown scope, a wrong number of slots, or pinned experts that leave a pool without a free slot.
@@ -146,6 +147,7 @@ class SlotTable:
         *,
         layers: int,
         pinned: Iterable[ExpertKey] = (),
+        first: int = 0,
     ) -> None:
         if scope not in ("global", "layer"):
             raise InputError(f"scope is {scope!r}", expected="'global' or 'layer'")
@@ -157,7 +159,7 @@ class SlotTable:
         self.slots, self.scope, self.layers = tuple(int(n) for n in slots), scope, layers
         self.pinned: dict[ExpertKey, int] = {}
         kept = dict.fromkeys(ExpertKey(*key) for key in pinned)
-        pools, first = [], 0
+        pools = []
         for number, size in enumerate(self.slots):
             mine = [key for key in kept if scope == "global" or key.layer == number]
             if size <= len(mine):

@@ -85,9 +85,13 @@ class Precision:
         fields |= {name: Measured(**data[name]) for name in ("chosen", "held_out") if data.get(name)}
         return cls(**fields)
 
+    def counts(self) -> list[int]:
+        """How many experts have each width."""
+        return [sum(row.count(i) for row in self.experts_LE) for i in range(len(self.widths))]
+
     def summary(self) -> str:
         """One line: how many experts have which width, what it may cost and what it costs."""
-        counts = [sum(row.count(i) for row in self.experts_LE) for i in range(len(self.widths))]
+        counts = self.counts()
         text = "widths " + ", ".join(f"{n} experts {name}" for name, n in zip(self.widths, counts, strict=True) if n)
         if self.bound:
             text += f"; bound {self.bound}"
@@ -101,7 +105,8 @@ class Precision:
 class ResidencyPlan(Plan):
     """Which experts are kept where.
 
-    slots: number of expert slots; with scope 'layer' one number per MoE layer, with 'global' a single shared one.
+    slots: number of expert slots; with scope 'layer' one number per MoE layer, with 'global' a single shared one, with 'width' one
+    number per width of `precision`, each slot as large as that width needs.
     pinned: experts never evicted. eviction, predictor: catalogue names with options. codec: how a packed store keeps
     experts ('stored' keeps the checkpoint's own bytes; 'mixed': each as `precision` says). precision: bits expert by expert, or
     None. context: tokens of KV cache; batch: sequences; chunk: tokens per prefill pass.
@@ -154,12 +159,19 @@ class ResidencyPlan(Plan):
         for name in ("context", "batch", "chunk"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} is {getattr(self, name)}", expected="at least 1", fix="make the plan again")
-        if self.scope not in ("global", "layer"):
-            raise PlanError(f"scope is {self.scope!r}", expected="'global' or 'layer'")
+        if self.scope not in ("global", "layer", "width"):
+            raise PlanError(f"scope is {self.scope!r}", expected="'global', 'layer' or 'width'")
+        self._check_precision(facts)
         total, need = sum(la.num_experts for la in facts.layers), [la.top_k for la in facts.layers]
         if self.scope == "global":
             if len(self.slots) != 1 or not max(need) <= self.slots[0] <= total:
                 raise PlanError(f"slots are {list(self.slots)}", expected=f"one number from {max(need)} to {total}")
+        elif self.scope == "width":
+            held = [] if self.precision is None else self.precision.counts()
+            if len(self.slots) != len(held) or any(not 1 <= n <= most for n, most in zip(self.slots, held)):
+                raise PlanError(
+                    f"slots per width are {list(self.slots)}", expected=f"for each width from 1 to its experts: {held}"
+                )
         elif len(self.slots) != len(facts.layers) or any(
             not la.top_k <= n <= la.num_experts for n, la in zip(self.slots, facts.layers, strict=True)
         ):
@@ -170,8 +182,6 @@ class ResidencyPlan(Plan):
         for key in self.pinned:
             if not (0 <= key.layer < len(facts.layers) and 0 <= key.expert < facts.layers[key.layer].num_experts):
                 raise PlanError(f"pinned expert {tuple(key)} does not exist in this model")
-
-        self._check_precision(facts)
 
     def _check_precision(self, facts: ModelFacts) -> None:
         if self.precision is None:
