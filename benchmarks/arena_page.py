@@ -5,7 +5,6 @@ A block of the page between `<!-- figures: NAME -->` and `<!-- end -->` is repla
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from arena_contenders import BASELINE
 from arena_summary import NEAR
 from cells import HERE
-from speed_page import BLOCK, MISSING, newest, rows_of
+from speed_page import MISSING, filled_from, newest, rows_of
 
 PAGE = HERE.parent / "docs" / "arena.md"
 IMAGES = HERE.parent / "docs" / "images"
@@ -141,14 +140,8 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def filled(page: str, results: Path) -> str:
-    """The page with every block made from the newest results. Raises KeyError for a block that nobody can fill."""
-    latest = newest(results, "router_arena")
-
-    def block(found: re.Match[str]) -> str:
-        make = FIGURES[found[2]]
-        return found[1] + (make(latest[1]) if latest else MISSING) + found[3]
-
-    return BLOCK.sub(block, page)
+    """The page from the newest results. Raises KeyError for a block that nobody can fill."""
+    return filled_from(page, results, "router_arena", FIGURES)
 
 
 def pictures(report: dict[str, Any], folder: Path) -> list[Path]:

@@ -5,14 +5,13 @@ A block of the page between `<!-- figures: NAME -->` and `<!-- end -->` is repla
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cells import HERE
 from compression_grid import OTHER, REMOVING, grid
-from speed_page import BLOCK, MISSING, newest, rows_of
+from speed_page import MISSING, filled_from, newest, rows_of
 
 PAGE = HERE.parent / "docs" / "compression.md"
 IMAGES = HERE.parent / "docs" / "images"
@@ -185,13 +184,8 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def filled(page: str, results: Path) -> str:
-    """The page with every block made from the newest results. Raises KeyError for a block that nobody can fill."""
-    latest = newest(results, "compression")
-
-    def block(found: re.Match[str]) -> str:
-        return found[1] + (FIGURES[found[2]](latest[1]) if latest else MISSING) + found[3]
-
-    return BLOCK.sub(block, page)
+    """The page from the newest results. Raises KeyError for a block that nobody can fill."""
+    return filled_from(page, results, "compression", FIGURES)
 
 
 def pictures(report: dict[str, Any], folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ A block of the page between `<!-- figures: NAME -->` and `<!-- end -->` is repla
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,17 @@ def scaling(report: dict[str, Any], source: Path) -> str:
     ]
     shown = f"![Scaling](../benchmarks/results/{source.with_suffix('.png').name})\n"
     return shown + ("\n" + rows_of(["memory", "moestro, tokens/s", "llama.cpp", "bound"], rows) if rows else "")
+
+
+def filled_from(page: str, results: Path, question: str, figures: Mapping[str, Callable[[dict[str, Any]], str]]) -> str:
+    """A page with every block made from the newest results of one question. Raises KeyError for a block that nobody can fill."""
+    latest = newest(results, question)
+
+    def block(found: re.Match[str]) -> str:
+        make = figures[found[2]]
+        return found[1] + (make(latest[1]) if latest else MISSING) + found[3]
+
+    return BLOCK.sub(block, page)
 
 
 FIGURES: dict[str, tuple[str, Callable[..., str]]] = {

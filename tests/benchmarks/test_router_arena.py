@@ -16,6 +16,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import arena_page  # noqa: E402
 import arena_summary  # noqa: E402
 import router_arena  # noqa: E402
+import speed_page  # noqa: E402
 from arena_contenders import BASELINE, LEFT_OUT, Shape, contenders  # noqa: E402
 
 from moestro.layers.decoder import build  # noqa: E402
@@ -106,7 +107,7 @@ def shown(report: dict, folder: Path) -> None:
 
 def test_the_pages_blocks_can_all_be_filled(tmp_path):
     page = arena_page.PAGE.read_text("utf-8")
-    assert {found[2] for found in arena_page.BLOCK.finditer(page)} == set(arena_page.FIGURES)
+    assert {found[2] for found in speed_page.BLOCK.finditer(page)} == set(arena_page.FIGURES)
     empty = arena_page.filled(page, tmp_path)
     assert empty.count(arena_page.MISSING) == len(arena_page.FIGURES)
 
