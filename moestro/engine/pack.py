@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from moestro.core.errors import InputError, StorageError
 from moestro.core.experts import ExpertKey
 from moestro.core.plans.residency import Precision, ResidencyPlan
 from moestro.engine.store import FORMAT, HEADER, MIXED, PackedStore, SourceStore, arrived, changes_of, read_header, sample
+from moestro.kernels.checksum import crc32
 from moestro.kernels.reader import Reader, aligned
 from moestro.models.checkpoint import Checkpoint
 from moestro.models.codecs.encode import PLANES, Codec, encode, parse_codec, parse_trunk_codec
@@ -102,7 +102,7 @@ def pack(
                 buffer = np.empty(records[key].nbytes, np.uint8)
                 records[key].write(encode(store.finish(key, slot), made[key]), buffer)
                 _write(data.fileno(), buffer, at)
-                done[key] = [zlib.crc32(buffer[a:b].data) for a, b in _pieces(records[key])]
+                done[key] = [crc32(buffer[a:b]) for a, b in _pieces(records[key])]
                 journal.write(json.dumps([*key, done[key]]) + "\n")
                 journal.flush()
             if progress is not None:
@@ -269,7 +269,7 @@ def _crc(file: int, at: int, nbytes: int) -> int:
         piece = os.pread(file, min(1 << 20, stop - at), at)
         if not piece:
             return -1
-        crc, at = zlib.crc32(piece, crc), at + len(piece)
+        crc, at = crc32(np.frombuffer(piece, np.uint8), crc), at + len(piece)
     return crc
 
 

@@ -8,7 +8,6 @@ the file, and the expert's matrices are views at that place: nothing is copied.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -19,6 +18,7 @@ from moestro.core.errors import CheckpointError, InputError, PlanError, Unsuppor
 from moestro.core.experts import ExpertKey, ExpertSpec
 from moestro.core.layer import ModelFacts
 from moestro.core.plans.residency import Precision
+from moestro.kernels.checksum import crc32
 from moestro.kernels.ffn import ExpertView, Matrix
 from moestro.kernels.packed import Packed
 from moestro.kernels.reader import Read, Reader, aligned
@@ -431,7 +431,7 @@ class PackedStore:
         if key not in self._checked:
             crcs = self.places[key.layer][key.expert][1]
             pieces = zip((0, *use.record.sizes), use.record.sizes, crcs, strict=False)
-            if any(zlib.crc32(slot[a:b].data) != crc for a, b, crc in pieces if b <= use.nbytes):
+            if any(crc32(slot[a:b]) != crc for a, b, crc in pieces if b <= use.nbytes):
                 raise CheckpointError(
                     f"MoE layer {key.layer}, expert {key.expert}: its record in {self.file} is damaged",
                     expected="the bytes that were packed",
@@ -475,7 +475,7 @@ def sample(checkpoint: Checkpoint, layout: Layout) -> int:
             for part in layout.parts(ExpertKey(layer.ordinal, e)):
                 some = piece[: min(SAMPLED, part.nbytes)]
                 checkpoint.read_range(part.file, part.offset, some)
-                crc = zlib.crc32(some.data, crc)
+                crc = crc32(some, crc)
     return crc
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from moestro.kernels import native
 from moestro.kernels.bandwidth import probe
+from moestro.kernels.checksum import crc32
 from moestro.kernels.combine import combine, reference_combine
 from moestro.kernels.convert import reference_to_bf16, reference_to_f32, split_gate_up, to_bf16, to_f32, transpose
 from moestro.kernels.ffn import MXFP4_VALUES, Matrix
@@ -48,6 +50,18 @@ def test_sort_and_combine(level, route):
     for t in range(tokens):
         mine = found.token_N == t
         np.testing.assert_allclose(y[t], (found.weight_N[mine, None] * rows[mine]).sum(0), atol=1e-5)
+
+
+@given(count=st.one_of(st.integers(0, 300), st.integers(4000, 5000)), start=st.integers(0, 17), seed=st.integers(0, 99))
+@COMMON
+def test_a_checksum_is_that_of_zlib_at_any_length_and_alignment(level, count, start, seed):
+    all_N = np.random.default_rng(seed).integers(0, 256, start + 2 * count, np.uint8)
+    some_N, more_N = all_N[start : start + count], all_N[start + count :]
+    assert crc32(some_N) == zlib.crc32(some_N)
+    assert crc32(more_N, crc32(some_N)) == zlib.crc32(all_N[start:])
+    module = native.extension()
+    if module is not None and module.has_crc32():  # below the size that is worth the call too
+        assert module.crc32(some_N.ctypes.data, count, 7) == zlib.crc32(some_N, 7)
 
 
 def test_sort_refuses_an_expert_that_is_not_there(level):

@@ -79,6 +79,11 @@ NB_MODULE(_native, m) {
         Unlocked unlocked;
         transpose(at<const void>(in), stride, step, rows, cols, item, at<void>(out), threads);
     });
+    m.def("has_crc32", &has_crc32);
+    m.def("crc32", [](Address data, int64_t count, uint32_t before) {
+        Unlocked free;
+        return crc32(at<const void>(data), count, before);
+    });
     m.def("read_bandwidth", [](Address buffer, int64_t bytes, double seconds, int threads) {
         Unlocked unlocked;
         return read_bandwidth(at<const void>(buffer), bytes, seconds, threads);

@@ -5,7 +5,6 @@ What is quantised is a set of names; every other tensor of the trunk stays as it
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -13,6 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from moestro.core.errors import CheckpointError, InputError
+from moestro.kernels.checksum import crc32
 from moestro.kernels.convert import to_f32
 from moestro.kernels.packed import TILE, Packed, part_sizes, quantise
 from moestro.kernels.reader import READERS, Read, Reader, aligned
@@ -104,9 +104,9 @@ def write_trunk(
         start, crc = at, 0
         for array in arrays:
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            for some in (data.data, bytes(-data.nbytes % _LINE)):
-                crc = zlib.crc32(some, crc)
-                at += file.write(some)
+            for some in (data, np.zeros(-data.nbytes % _LINE, np.uint8)):
+                crc = crc32(some, crc)
+                at += file.write(some.data)
         entries.append(Entry(name, piece, dtype, shape, start, at - start, crc))
 
     for name in names:
@@ -172,7 +172,7 @@ class PackedTrunk:
             raise self._damaged(f"{name} is not in {self.file}")
         if entry.offset not in self._sound:
             held = self._buffer[entry.offset : entry.offset + entry.nbytes]
-            if held.nbytes != entry.nbytes or zlib.crc32(held.data) != entry.crc:
+            if held.nbytes != entry.nbytes or crc32(held) != entry.crc:
                 raise self._damaged(f"{name} in {self.file} is damaged")
             self._sound.add(entry.offset)
         return entry
