@@ -17,7 +17,7 @@ from moestro.engine.store import ExpertStore, Views, arrived
 from moestro.engine.table import Moment, Placement, SlotTable
 from moestro.engine.widths import WidthTable
 from moestro.kernels.ffn import ExpertView
-from moestro.kernels.reader import Reader, aligned
+from moestro.kernels.reader import Populated, Reader, aligned
 from moestro.kernels.step import Shelf
 
 
@@ -58,7 +58,7 @@ class Lease:
 class ExpertCache:
     """Slots filled from a store by a reader, as a table decides.
 
-    The store must be attached to the reader. The pool's pages cost nothing until they are first used. views: experts in
+    The store must be attached to the reader. A large pool's pages get their memory beside whatever comes next, such as loading a trunk. views: experts in
     memory and runnable. shelf: the same for native code, kept if it is given. tickets: experts on their way. slot_bytes: of each pool
     of the table, where the store's is too much for some. Hits and misses are counted by the table.
     """
@@ -81,6 +81,7 @@ class ExpertCache:
         sizes = [store.slot_bytes] * len(table.slots) if slot_bytes is None else slot_bytes
         self._starts = [0, *itertools.accumulate(size for n, size in zip(table.slots, sizes, strict=True) for _ in range(n))]
         self._pool = aligned(self._starts[-1])
+        self._populated = Populated(self._pool)
         self.shelf = shelf
 
     @property
@@ -223,6 +224,7 @@ class ExpertCache:
 
     def drain(self) -> None:
         """Wait for every read on its way, as before the slots go."""
+        self._populated.close()
         for ticket in (*self.tickets.values(), *self._landing.values()):
             with contextlib.suppress(OSError, EOFError, ValueError):
                 self.reader.wait(ticket)

@@ -9,13 +9,15 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moestro.kernels.reader import BLOCK, Read, Reader, aligned, probe
+from moestro.kernels import native
+from moestro.kernels.reader import BLOCK, Populated, Read, Reader, aligned, probe
 
 SIZE = 9 * (1 << 20) + 12345  # more than two pieces, not a multiple of a block
 COMMON = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -251,3 +253,25 @@ def test_probe(level, content, tmp_path):
     empty.touch()
     with pytest.raises(ValueError, match="empty"):
         probe(empty, 4096)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists() or not native.available(), reason="needs Linux and native code")
+def test_a_large_buffer_gets_its_memory_beside_what_comes_next_and_keeps_what_was_written():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    buffer, before = aligned(Populated.LEAST), resident()
+    buffer[-1] = 7
+    populated = Populated(buffer)
+    populated.wait()
+    if not native.extension().populate(buffer.ctypes.data, 4096):
+        pytest.skip("a kernel that cannot")
+    assert resident() - before > Populated.LEAST * 3 // 4
+    assert buffer[-1] == 7 and not buffer[:-1].any()
+    populated.close()
+    populated.close()
+
+
+def test_a_buffer_that_is_closed_at_once_or_small_may_stay_without_memory(level):
+    for nbytes in (4096, Populated.LEAST):
+        Populated(aligned(nbytes)).close()

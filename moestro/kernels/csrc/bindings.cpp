@@ -79,6 +79,10 @@ NB_MODULE(_native, m) {
         Unlocked unlocked;
         transpose(at<const void>(in), stride, step, rows, cols, item, at<void>(out), threads);
     });
+    m.def("populate", [](Address buffer, int64_t bytes) {
+        Unlocked free;
+        return populate(at<void>(buffer), bytes);
+    });
     m.def("has_crc32", &has_crc32);
     m.def("crc32", [](Address data, int64_t count, uint32_t before) {
         Unlocked free;

@@ -25,6 +25,9 @@ void to_bf16(const float* values, uint16_t* out, int64_t count, int threads);
 // out[c][r] = in[r][c * step]; row stride in bytes, items of 1, 2 or 4 bytes.
 void transpose(const void* in, int64_t stride, int64_t step, int64_t rows, int64_t cols, int item, void* out, int threads);
 
+// Gives these whole pages their memory, as a first write to each would; false where the system cannot.
+bool populate(void* buffer, int64_t bytes);
+
 // CRC-32 as in zlib; only to be called where has_crc32().
 bool has_crc32();
 uint32_t crc32(const void* data, int64_t count, uint32_t before);

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -9,6 +10,8 @@
 #include <cerrno>
 #include <stdexcept>
 #include <system_error>
+
+#include "kernels.hpp"
 
 namespace moestro {
 namespace {
@@ -223,6 +226,14 @@ Queue::Outcome Queue::read(const File& file, const Piece& piece) {
     if (!direct) ::posix_fadvise(file.buffered, piece.offset, piece.bytes, POSIX_FADV_DONTNEED);
 #endif
     return {got, 0, {}};
+}
+
+bool populate([[maybe_unused]] void* buffer, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_POPULATE_WRITE  // Linux 5.14
+    return ::madvise(buffer, static_cast<size_t>(bytes), MADV_POPULATE_WRITE) == 0;
+#else
+    return false;
+#endif
 }
 
 }  // namespace moestro
