@@ -38,6 +38,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "compress.sparsify.moe_pruner": ({"ratio": 0.125}, {"ratio": 0.25}, {"ratio": 0.5}, {"pattern": "2:4"}),
     "compress.sparsify.low_rank": ({"rank": 128, "kept": 0.5}, {"rank": 64, "kept": 0.25}, {"rank": 32, "kept": 0.1}),
     "compress.encode.rtn": ({}, {"search": True}),
+    "compress.encode.gptq": ({}, {"ordered": True}),
     "compress.skip.fewer": ({"average": 1.5}, {"average": 1.0}),
     "compress.skip.odp": ({"share": 0.25}, {"share": 0.5}),
     "compress.skip.ratio": ({"threshold": 0.25}, {"threshold": 0.5}),
@@ -48,6 +49,7 @@ BEFORE = {
 }  # kinds that `plan bits` takes beside an encoder, and their places in its wish
 MIXED = ("int2:64", "int3:64", "int4:64")  # what budgets of bits choose from
 MEANS = (2.5, 3.25)  # bits of a weight with its scales: those of int2:32 and of int3:64
+GUARDED = ("uint4:64", "int8:64"), 4.75  # four bits, and eight for the layers that suffer most
 EVERY_FUSE = "compress.group.hierarchical"  # the grouping that every way to fuse is tried with; the others have the usual one
 REMOVING = ("criterion", "search", "group")
 OTHER = (*(kind for kind in KINDS if kind not in REMOVING), "bits", "several")
@@ -183,6 +185,10 @@ def mixtures(budgets: Iterable[str]) -> Iterator[Cell]:
                 for bits in MEANS if budget == USUAL_BUDGET else MEANS[:1]:
                     wish = wish | {"codecs": MIXED, "bits": bits, "budget": budget, "budget_options": options}
                     yield Cell(title, f"{bits:g} bits", "bits", (Step(method, wish, bits=True),))
+    codecs, bits = GUARDED
+    wish = {"options": {"ordered": True}, "codecs": codecs, "bits": bits}
+    wish |= {"budget": USUAL_BUDGET, "budget_options": {"scope": "model"}}
+    yield Cell(f"{short(USUAL_BUDGET)} of {short(LAST)}, scope model", f"{bits:g} bits", "bits", (Step(LAST, wish, bits=True),))
 
 
 def before(name: str, part: str) -> Iterator[Cell]:

@@ -89,7 +89,9 @@ def test_ternary_is_the_best_of_all_choices():
 def test_gptq_with_independent_inputs_rounds_to_nearest(w_RC):
     alone = Inputs(np.diag(np.full(128, 3.0)), 100)
     for codec in ("int4:64", "nested:64/3"):
-        assert np.array_equal(gptq(w_RC, alone, codec=codec).dequantise(), rtn(w_RC, codec=codec, search=True).dequantise())
+        for ordered in (False, True):
+            made = gptq(w_RC, alone, codec=codec, ordered=ordered)
+            assert np.array_equal(made.dequantise(), rtn(w_RC, codec=codec, search=True).dequantise())
 
 
 def test_gptq_of_two_columns_is_the_closed_form():
@@ -107,6 +109,18 @@ def test_gptq_of_two_columns_is_the_closed_form():
     error = 0.4 - 0.0
     assert codes[0, 0] - 8 == 0
     assert codes[0, 1] - 8 == np.rint(1.2 + error * damped[0, 1] / damped[1, 1])
+    inputs = Inputs(moment, 100)
+    codes, _ = rounded(w, inputs.factor(0.01, ordered=True), grid, order_C=inputs.order, size_C=np.diag(moment))
+    assert codes[0, 1] - 8 == 1  # the larger input's weight comes first
+    assert codes[0, 0] - 8 == np.rint(0.4 + 0.2 * damped[0, 1] / damped[0, 0])
+
+
+def test_the_largest_inputs_first_is_better_where_inputs_differ(w_RC, x_nC):
+    size_C = 10.0 ** np.random.default_rng(3).uniform(-1, 1, 128)
+    inputs, x_nC = Inputs.of(x_nC * size_C), x_nC * size_C
+    for codec in ("uint4:64", "int4:64", "int3:64"):
+        errors = [output_error(gptq(w_RC, inputs, codec=codec, ordered=ordered), w_RC, x_nC) for ordered in (True, False)]
+        assert errors[0] < 0.9 * errors[1]
 
 
 def test_the_factor_is_of_the_inverse(x_nC):
@@ -157,6 +171,12 @@ def test_planes_of_d2moe_leave_less_and_less(w_RC, x_nC):
     made = d2moe(w_RC, Inputs.of(x_nC))
     errors = [output_error(replace(made, parts=made.parts[:n]), w_RC, x_nC) for n in (1, 2, 3)]
     assert errors[0] > errors[1] > errors[2]
+
+
+def test_d2moe_is_best_at_the_width_that_was_asked_for(w_RC, x_nC):
+    made = {planes: d2moe(w_RC, Inputs.of(x_nC), planes=planes) for planes in (2, 4)}
+    two, four = ({p: output_error(replace(m, parts=m.parts[:n]), w_RC, x_nC) for p, m in made.items()} for n in (1, 3))
+    assert two[2] < 0.8 * two[4] and four[4] < 0.6 * four[2]
 
 
 @pytest.mark.parametrize("planes", (2, 3, 4))

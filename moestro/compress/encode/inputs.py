@@ -27,18 +27,25 @@ class Inputs:
     moment_CC: np.ndarray
     tokens: int
     borrowed: float = 0.0
-    _factors: dict[float, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    _factors: dict[tuple[float, bool], np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, x_nC: np.ndarray) -> Inputs:
         """From the inputs themselves."""
         return cls(_moment(x_nC), len(x_nC))
 
-    def factor(self, damp: float) -> np.ndarray:
-        """See `factor`; kept, as matrices that are multiplied with the same inputs ask for it in turn."""
-        if damp not in self._factors:
-            self._factors[damp] = factor(self.moment_CC, damp)
-        return self._factors[damp]
+    @property
+    def order(self) -> np.ndarray:
+        """The inputs by falling mean square."""
+        return np.argsort(-np.diag(self.moment_CC), kind="stable")
+
+    def factor(self, damp: float, *, ordered: bool = False) -> np.ndarray:
+        """See `factor`; kept, as matrices that are multiplied with the same inputs ask for it in turn. ordered: of the inputs in `order`."""
+        key = damp, ordered
+        if key not in self._factors:
+            moment_CC = self.moment_CC[np.ix_(self.order, self.order)] if ordered else self.moment_CC
+            self._factors[key] = factor(moment_CC, damp)
+        return self._factors[key]
 
 
 def expert_inputs(
