@@ -384,7 +384,10 @@ def test_ctrl_c_in_the_middle_of_an_answer_keeps_what_there_is(process, tmp_path
 
 def test_ctrl_c_before_the_answer(process):
     running = process("Hello", "-n", 5)
-    time.sleep(0.5)  # Python is up, the model is not
+    maps = Path(f"/proc/{running.pid}/maps")
+    while maps.exists() and running.poll() is None and "numpy" not in maps.read_text():
+        time.sleep(0.01)
+    time.sleep(0 if maps.exists() else 0.5)  # the command is up, the model is not
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)
     assert running.returncode == 130 and out == b"" and b"Traceback" not in err
