@@ -26,8 +26,9 @@ from moestro.kernels.bandwidth import probe
 from moestro.kernels.combine import combine, reference_combine
 from moestro.kernels.convert import reference_to_bf16, reference_to_f32, split_gate_up, to_bf16, to_f32
 from moestro.kernels.ffn import FORMATS, ExpertView, Matrix, grouped_ffn, reference_grouped_ffn
+from moestro.kernels.packed import pack, quantise
 from moestro.kernels.permute import reference_sort_pairs, sort_pairs
-from moestro.kernels.quantise import encode_int4, encode_int8, encode_mxfp4, reference_encode
+from moestro.kernels.quantise import encode_int4, encode_int8, encode_mxfp4
 from moestro.kernels.topk import reference_topk, topk
 
 WIDTH, INNER, EXPERTS = 2048, 1024, 8
@@ -158,7 +159,6 @@ def others(rounds: int) -> list[dict[str, Any]]:
     out, y = rng.standard_normal((512 * 8, WIDTH), np.float32), np.empty((512, WIDTH), np.float32)
     w = rng.standard_normal((INNER, WIDTH), np.float32)
     bits, floats, raw = to_bf16(w), np.empty_like(w), to_bf16(rng.standard_normal((WIDTH, 2 * INNER), np.float32))
-    small = np.dtype(np.float32)
     fused = {"transposed": True, "interleaved": True}
     jobs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         "topk": (lambda: topk(scores, 8), lambda: reference_topk(scores, 8)),
@@ -173,9 +173,9 @@ def others(rounds: int) -> list[dict[str, Any]]:
             lambda: split_gate_up(raw, **fused),
             lambda: (np.ascontiguousarray(raw[:, 0::2].T), np.ascontiguousarray(raw[:, 1::2].T)),
         ),
-        "encode_int8": (lambda: encode_int8(w, 64), lambda: reference_encode(w, "int8", 64, small)),
-        "encode_int4": (lambda: encode_int4(w, 32), lambda: reference_encode(w, "int4", 32, small)),
-        "encode_mxfp4": (lambda: encode_mxfp4(w), lambda: reference_encode(w, "mxfp4", 32, small)),
+        "encode_int8": (lambda: quantise(w, "int8", 64), lambda: pack(encode_int8(w, 64, scale_dtype="float16"))),
+        "encode_int4": (lambda: quantise(w, "int4", 32), lambda: pack(encode_int4(w, 32, scale_dtype="float16"))),
+        "encode_mxfp4": (lambda: quantise(w, "mxfp4", 32), lambda: pack(encode_mxfp4(w))),
     }
     found = []
     for name, (ours, reference) in jobs.items():

@@ -30,7 +30,8 @@ EPILOG = """Examples:
 
 METHOD is one of `moestro methods --kind criterion` (remove experts), search (remove experts, trying sets), group (merge), neurons (narrower
 experts), sparsify, share or encode (other weights), skip (at run time), by its name or the last part of it. `moestro plan METHOD ...` is `moestro plan compress METHOD ...`.
-Experts that the profile never saw make the exit code 1, unless --allow-unseen is given; the plan is written in any case."""
+Experts that the profile never saw make the exit code 1, unless --allow-unseen is given, and so do, beside encoded experts, matrices that
+stay as they are stored, unless --allow-plain is; the plan is written in any case."""
 
 
 class PlanGroup(TyperGroup):
@@ -85,12 +86,17 @@ def plan(
         ),
     ] = None,
     allow_unseen: Annotated[bool, typer.Option("--allow-unseen", help="Experts that were never seen are no failure.")] = False,
+    allow_plain: Annotated[
+        bool, typer.Option("--allow-plain", help="Matrices that stay as they are stored beside encoded experts are no failure.")
+    ] = False,
     revision: Revision = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> int:
     """Decide what to remove, merge, narrow or encode, from a profile. Changes nothing yet."""
     from moestro.compress.planner import Wish, plan_compression, unseen_experts
+    from moestro.compress.trunk import trunk_matrices
+    from moestro.core.plans.compression import STORED
     from moestro.models.checkpoint import Checkpoint
     from moestro.models.families import describe
 
@@ -100,12 +106,13 @@ def plan(
         dropped=tuple(drop or ()), options=options,
     )  # fmt: skip
     checkpoint = Checkpoint.open(with_revision(model, revision))
+    layout = describe(checkpoint)
     seen = read_profile(profile)
     with progress("planning", "layers", quiet or as_json) as report:
         made = plan_compression(
             name,
             checkpoint,
-            describe(checkpoint),
+            layout,
             wish,
             profile=seen,
             profile_path=str(profile or ""),
@@ -120,7 +127,13 @@ def plan(
         emit(made.to_json())
     else:
         print(made.summary())
-    return 1 if seen is not None and unseen_experts(seen) and not allow_unseen else 0
+    unseen = 0 if seen is None or allow_unseen else unseen_experts(seen)
+    if unseen:
+        say(f"{unseen} experts were never seen; profile more text, or allow it: --allow-unseen")
+    plain = 0 if allow_plain or codec == STORED or made.tensors else sum(map(len, trunk_matrices(checkpoint, layout)[:2]))
+    if plain:
+        say(f"{plain} matrices stay as they are stored; give --trunk-codec, or allow it: --allow-plain")
+    return 1 if unseen or plain else 0
 
 
 def read_profile(path: Path | None) -> Profile | None:

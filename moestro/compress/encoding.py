@@ -12,7 +12,7 @@ import numpy as np
 from moestro.compress.calibration import Calibration
 from moestro.compress.smooth.smoothing import Smoothing
 from moestro.compress.stats import LayerStats
-from moestro.core.errors import PlanError
+from moestro.core.errors import CheckpointError, PlanError
 from moestro.core.experts import ExpertWeights
 from moestro.core.layer import ModelFacts
 from moestro.core.method import card_of, load
@@ -119,6 +119,10 @@ class Encoder:
             router_ED = self._methods[number](router_ED, given_nD, facts.top_k, **encoding.options)
         return router_ED
 
+    def takes_stored(self, numbers: tuple[int, ...]) -> bool:
+        """Whether these encodings can begin from numbers as a checkpoint stores them: then nobody makes a copy in float32."""
+        return len(numbers) == 1 and "stored" in card_of(self._methods[numbers[0]]).traits
+
     def expert(self, ordinal: int, slot: Slot, weights: ExpertWeights) -> ExpertWeights:
         """The slot's weights after its encodings; biases stay."""
         for number in slot.encodings:
@@ -127,7 +131,9 @@ class Encoder:
         return weights
 
     def tiles(self, ordinal: int, slot: Slot, weights: ExpertWeights) -> dict[str, np.ndarray | Packed]:
-        """As `expert`, the matrices by role, and tiles stay tiles."""
+        """As `expert`, the matrices by role, and tiles stay tiles. weights: as stored where the slot's encodings take that."""
+        if self.takes_stored(slot.encodings):
+            return self._step(ordinal, slot, weights, slot.encodings[0])
         made: dict[str, np.ndarray | Packed] = {r: a for r, name in MATRICES.items() if (a := getattr(weights, name)) is not None}
         for number in slot.encodings:
             weights = replace(weights, **{MATRICES[role]: plain(matrix) for role, matrix in made.items()})
@@ -162,7 +168,7 @@ class Encoder:
         return smoothing, places[slot]
 
     def matrix(self, name: str, numbers: tuple[int, ...], w_RC: np.ndarray) -> np.ndarray | Packed:
-        """A trunk matrix after its encodings, plain or in tiles."""
+        """A trunk matrix after its encodings, plain or in tiles. w_RC: as stored where the encodings take that."""
         made: np.ndarray | Packed = w_RC
         for number in numbers:
             if self._kinds[number] in ("share", "sparsify") or "inputs" in card_of(self._methods[number]).needs:
@@ -176,7 +182,12 @@ class Encoder:
     def _one(self, number: int, w_RC: np.ndarray, given: Any) -> np.ndarray | Packed:
         encoding = self.plan.encodings[number]
         codec = {"codec": encoding.codec} if self._kinds[number] == "encode" and "codec" not in encoding.options else {}
-        return self._methods[number](np.ascontiguousarray(w_RC), given, **codec, **encoding.options)
+        try:
+            return self._methods[number](np.ascontiguousarray(w_RC), given, **codec, **encoding.options)
+        except ValueError as error:
+            raise CheckpointError(
+                f"a matrix cannot be stored as {encoding.codec}: {error}", fix="leave it as it is stored, or use another codec"
+            ) from error
 
 
 def _projected(w_RC: np.ndarray, basis_MC: np.ndarray | None) -> np.ndarray:

@@ -25,7 +25,8 @@ from moestro.compress.smooth.smoothing import touched
 from moestro.core.errors import CoverageError, InputError, PlanError, StorageError
 from moestro.core.experts import ExpertKey, ExpertWeights
 from moestro.core.plans.compression import CompressionPlan, LayerChange, Slot
-from moestro.models.checkpoint import Checkpoint
+from moestro.models.bulk import BulkReader
+from moestro.models.checkpoint import Checkpoint, TensorRef
 from moestro.models.experts import read_expert
 from moestro.models.families.resize import expert_axis, resized, router_tensors
 from moestro.models.layout import Layout, Part
@@ -77,13 +78,11 @@ def compress(
     by_index = {layout.facts.layers[la.ordinal].index: la for la in plan.layers}
     _room(out, layout.facts.trunk_bytes + len(plan.layers) * job.layer_bytes)
     key = hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()
-    with CheckpointWriter(
-        out,
-        config,
-        shard_bytes=job.shard_bytes,
-        overwrite=overwrite,
-        resume_key=f"{checkpoint.fingerprint} {key} {type(job).__name__}",
-    ) as writer:
+    resume_key = f"{checkpoint.fingerprint} {key} {type(job).__name__}"
+    with (
+        job.bulk,
+        CheckpointWriter(out, config, shard_bytes=job.shard_bytes, overwrite=overwrite, resume_key=resume_key) as writer,
+    ):
         waiting, done = dict(by_index), 0
         for name in sorted((n for n in checkpoint.tensors if not job.is_expert(n) and n not in lost), key=_place):
             if (index := _layer(name)) in waiting:
@@ -151,6 +150,7 @@ class Job:
         self._experts = set(checkpoint.tensors) - set(layout.trunk) - set(layout.ignored)
         self._width = plan.width(layout.facts)
         self.touched = touched(checkpoint, layout) if encoder.smooths else {}
+        self.bulk = BulkReader(checkpoint)
 
     def configured(self, config: dict[str, Any]) -> dict[str, Any]:
         """The new config.json with what the form adds to it; everything that can be wrong with the form is found here."""
@@ -268,12 +268,17 @@ class Job:
 
     def floats(self, name: str) -> np.ndarray:
         """A trunk matrix in float32."""
+        self.matrix_ref(name)
+        return self.rescaled(name)
+
+    def matrix_ref(self, name: str) -> TensorRef:
+        """Where a trunk matrix lies. Raises PlanError when it is no matrix of floats."""
         ref = self.checkpoint.tensors[name]
         if ref.dtype not in FLOATS or len(ref.shape) != 2:
             raise PlanError(
                 f"{name} is {ref.dtype} {list(ref.shape)}", expected="a matrix of floats", fix="take it out of the plan"
             )
-        return self.rescaled(name)
+        return ref
 
 
 def router_rows(checkpoint: Checkpoint, layout: Layout, ordinal: int) -> np.ndarray:
@@ -314,7 +319,7 @@ def _room(out: Path, needed: int) -> None:
     already = sum(f.stat().st_size for f in out.with_name(out.name + ".partial").glob("shard-*"))
     if (free := shutil.disk_usage(there).free + already) < needed:
         raise StorageError(
-            f"{there} has {free / 1e9:.2f} GB free",
-            expected=f"about {needed / 1e9:.2f} GB",
+            f"{there} has {free / 1e6:.1f} MB free",
+            expected=f"about {needed / 1e6:.1f} MB",
             fix="make room, or choose another disk",
         )

@@ -61,7 +61,8 @@ def method(
     """Attach a card to a function or class. The module's docstring is its header; typed keyword arguments are its options.
 
     Args:
-        traits: names of laws of this kind that are switched off for it, with the reason in the header's `Departs`.
+        traits: names of laws of this kind that are switched off for it, with the reason in the header's `Departs`; of kind 'encode',
+            'stored' says that it takes weights in any float format (bf16 as uint16 bit patterns), not in float32 only.
     """
     assert fidelity in FIDELITIES, fidelity
 

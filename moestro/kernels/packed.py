@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from moestro.kernels import native
+from moestro.kernels.convert import to_f32
 from moestro.kernels.ffn import MXFP4_VALUES, Matrix
 from moestro.kernels.quantise import encode_int4, encode_int8, encode_mxfp4, encode_uint4
 from moestro.kernels.reader import HUGE, aligned
@@ -35,6 +36,9 @@ BLOCK = 32  # inputs that share an activation scale
 _BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "mxfp4": 4, "nested": 2, "uint4": 4}
 _ZEROS = {"int4": 8, "int3": 7, "int2": 3}
 _ZERO_STEPS = 64  # a zero of nested is a whole number of 64ths
+_KINDS = {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16", np.dtype(np.uint16): "bf16"}
+_NOT_FINITE = "cannot quantise weights that hold infinities or not-a-number"
+_TOO_LARGE = "these weights are too large for float16 scales"
 _FIRST = 7  # the native code counts packed formats on from those of Matrix
 _SHRINKS = tuple(np.float32(1) - np.float32(i) / np.float32(16) for i in range(11))  # tried sizes of a group's range
 
@@ -191,7 +195,7 @@ def pack(matrix: Matrix) -> Packed:
 
 
 def quantise(w_RC: np.ndarray, format: str, group: int = 64) -> Packed:
-    """Encode float32 weights. Scales are float16 (mxfp4: exponents).
+    """Encode weights: float32, float16 or uint16 (bf16 bits), rows at any stride and alignment. Scales are float16 (mxfp4: exponents).
 
     int8, int4, uint4, mxfp4: the rules of `kernels.quantise`.
     int3, int2: levels +-1, +-3 ... +-(2^bits - 1) times s; of eleven s, from max |w| / (2^bits - 1) down to 6/16 of it, the one of least
@@ -203,27 +207,25 @@ def quantise(w_RC: np.ndarray, format: str, group: int = 64) -> Packed:
     Raises:
         ValueError: as `part_sizes`; weights that are not finite or too large for float16 scales.
     """
-    if w_RC.ndim != 2:
-        raise ValueError(f"cannot quantise an array of shape {w_RC.shape}; expected [rows, cols]")
+    if w_RC.ndim != 2 or w_RC.dtype not in _KINDS:
+        raise ValueError(f"cannot quantise an array of {w_RC.dtype} {w_RC.shape}; expected floats [rows, cols]")
     rows, cols = w_RC.shape
-    part_sizes(rows, cols, format, group)
+    made, module = _empty(rows, cols, format, group), native.extension()
+    if module is not None:
+        near = w_RC if cols < 2 or w_RC.strides[1] == w_RC.itemsize else np.ascontiguousarray(w_RC)
+        fit = module.quantise_tiles(made.pack(), Matrix(near, _KINDS[near.dtype]).pack(), native.cores())
+        if fit:
+            raise ValueError(_NOT_FINITE if fit == 2 else _TOO_LARGE)
+        return made
+    w_RC = np.ascontiguousarray(to_f32(w_RC))
+    if not np.isfinite(w_RC).all():
+        raise ValueError(_NOT_FINITE)
     if format in ("int8", "int4"):
         return pack((encode_int8 if format == "int8" else encode_int4)(w_RC, group, scale_dtype="float16"))
-    if format == "uint4":
-        return pack(encode_uint4(w_RC, group))
-    if format == "mxfp4":
-        return pack(encode_mxfp4(w_RC))
-    w_RC = np.ascontiguousarray(w_RC, np.float32)
-    if not np.isfinite(w_RC).all():
-        raise ValueError("cannot quantise weights that hold infinities or not-a-number")
-    made = _empty(rows, cols, format, group)
-    module = native.extension()
-    if module is None:
-        good = reference_quantise(w_RC, made)
-    else:
-        good = module.quantise_tiles(made.pack(), w_RC.ctypes.data, native.cores())
-    if not good:
-        raise ValueError("these weights are too large for float16 scales")
+    if format in ("uint4", "mxfp4"):
+        return pack(encode_uint4(w_RC, group) if format == "uint4" else encode_mxfp4(w_RC))
+    if not reference_quantise(w_RC, made):
+        raise ValueError(_TOO_LARGE)
     return made
 
 

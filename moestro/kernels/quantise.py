@@ -1,10 +1,10 @@
-"""Weights in fewer bits: int8 and int4 in groups with one scale, uint4 with a minimum too, and MXFP4 (OCP Microscaling 1.0, E2M1 elements, E8M0 scales)."""
+"""Weights in fewer bits, in rows: int8 and int4 in groups with one scale, uint4 with a minimum too, and MXFP4 (OCP Microscaling 1.0, E2M1
+elements, E8M0 scales). In numpy: the rules that `packed.quantise` follows in native code, byte for byte."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from moestro.kernels import native
 from moestro.kernels.ffn import GROUPS, Matrix
 
 _MXFP4 = 32
@@ -63,22 +63,6 @@ def _checked(w_RC: np.ndarray, group: int, allowed: tuple[int, ...]) -> np.ndarr
 def _encode(w_RC: np.ndarray, format: str, group: int, scale_dtype: np.dtype) -> Matrix:
     if format != "mxfp4" and scale_dtype.name not in ("float32", "float16"):
         raise ValueError(f"scales are float32 or float16, not {scale_dtype}")
-    module = native.extension()
-    if module is None:
-        return reference_encode(w_RC, format, group, scale_dtype)
-    rows, cols = w_RC.shape
-    data = np.empty((rows, cols), np.int8) if format == "int8" else np.empty((rows, cols // 2), np.uint8)
-    scales = np.empty((rows, cols // group, *((2,) if format == "uint4" else ())), scale_dtype)
-    kind = ("int8", "int4", "mxfp4", "uint4").index(format)
-    half = scale_dtype == np.float16
-    places = (data.ctypes.data, scales.ctypes.data)
-    if not module.quantise(w_RC.ctypes.data, rows, cols, kind, group, *places, half, native.cores()):
-        raise ValueError(_TOO_LARGE)
-    return Matrix(data, format, scales, group)
-
-
-def reference_encode(w_RC: np.ndarray, format: str, group: int, scale_dtype: np.dtype) -> Matrix:
-    """The encoders in numpy; the native ones give the same bytes."""
     rows, cols = w_RC.shape
     grouped = w_RC.reshape(rows, cols // group, group)
     top = np.take_along_axis(grouped, np.abs(grouped).argmax(-1, keepdims=True), -1)

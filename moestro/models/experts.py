@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from moestro.core.errors import UnsupportedModel
 from moestro.core.experts import ExpertSpec, ExpertWeights
 from moestro.core.routing import Routing
+from moestro.kernels.ffn import Matrix
 from moestro.layers.taps.compressed_experts import Scales
 from moestro.models.checkpoint import Checkpoint, check_finite
-from moestro.models.layout import Layout
+from moestro.models.layout import Layout, Part
 from moestro.models.live import Seam
 
 if TYPE_CHECKING:
@@ -95,10 +99,28 @@ def read_expert(checkpoint: Checkpoint, layout: Layout, key: Any) -> ExpertWeigh
 
     parts = layout.parts(key)
     weights = decode(parts, load(checkpoint, parts))
+    check_weights(weights, key)
+    return weights
+
+
+def check_weights(weights: ExpertWeights, key: Any) -> None:
+    """Raises CheckpointError when an expert's numpy arrays hold a NaN or an infinity. uint16 is taken as BF16."""
     for field in ("gate_FD", "up_FD", "down_DF", "gate_F", "up_F", "down_D"):
         if (array := getattr(weights, field)) is not None:
             check_finite(array, f"{field} of expert {key.expert} in MoE layer {key.layer}")
-    return weights
+
+
+def stored_weights(parts: Sequence[Part], raws: Sequence[np.ndarray]) -> ExpertWeights:
+    """One expert, its matrices as they are stored (float32, float16 or bf16 bit patterns, views of `raws` where they are not stored
+    transposed), its biases in float32. Raises CheckpointError."""
+    from moestro.models.codecs.source import view
+
+    found = view(parts, raws)
+    matrices = {"gate_FD": found.gate, "up_FD": found.up, "down_DF": found.down}
+    arrays = {name: m.data for name, m in matrices.items() if isinstance(m, Matrix)}
+    return ExpertWeights(
+        arrays.get("gate_FD"), arrays["up_FD"], arrays["down_DF"], found.gate_bias, found.up_bias, found.down_bias
+    )
 
 
 def run_experts(

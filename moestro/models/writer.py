@@ -13,7 +13,8 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -68,6 +69,8 @@ class CheckpointWriter:
         self._entries: dict[str, dict[str, Any]] = {}  # of the open shard
         self._at = self._header = 0
         self._fd = self._lock = -1
+        self._sealer = ThreadPoolExecutor(1)
+        self._sealing: Future[None] | None = None  # of the last complete shard
         with self._guard():
             if not overwrite and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
                 raise StorageError(f"{self.folder} exists already", fix="choose another output folder, or remove it first")
@@ -131,6 +134,7 @@ class CheckpointWriter:
         with self._guard():
             if self._fd >= 0:
                 self._close_shard()
+            self._sealed()
             assert self._sizes, "a checkpoint without tensors"
             if copy_files_from is not None:
                 source = copy_files_from.path if isinstance(copy_files_from, Checkpoint) else Path(copy_files_from)
@@ -160,6 +164,8 @@ class CheckpointWriter:
             os.close(self._fd)
             self._fd = -1
             self._shard(len(self._sizes)).unlink(missing_ok=True)
+        with suppress(OSError):  # whatever it was, the journal says what is complete
+            self._sealed()
         if not (self.resume_key and self._sizes and (self.partial / _JOURNAL).exists()):
             shutil.rmtree(self.partial, ignore_errors=True)
         self._release()
@@ -184,15 +190,18 @@ class CheckpointWriter:
             raise InputError(f"a tensor's name of {len(text)} bytes cannot be stored", expected=f"fewer than {room} bytes")
         head = room.to_bytes(8, "little") + text.ljust(room)
         assert os.pwrite(self._fd, head, 0) == len(head)
-        os.fsync(self._fd)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(self._fd)
-        self._fd = -1
+        self._sealed()  # one at a time, so that what waits for the disk stays below two shards
         self._tensors |= dict.fromkeys(self._entries, len(self._sizes))
         self._sizes.append(self._at)
-        self._entries = {}
-        _write_json(self.partial / _JOURNAL, {"key": self.resume_key, "config": self.config, "sizes": self._sizes})
+        fd, self._fd, self._entries = self._fd, -1, {}
+        journal = {"key": self.resume_key, "config": self.config, "sizes": list(self._sizes)}
+        self._sealing = self._sealer.submit(_seal, fd, self.partial / _JOURNAL, journal)
+
+    def _sealed(self) -> None:
+        """Wait until every complete shard is on the disk and in the journal. Raises OSError when one is not."""
+        sealing, self._sealing = self._sealing, None
+        if sealing is not None:
+            sealing.result()
 
     def _resume(self) -> None:
         try:
@@ -223,6 +232,7 @@ class CheckpointWriter:
         self._lock = fd
 
     def _release(self) -> None:
+        self._sealer.shutdown()
         os.close(self._lock)
         self._lock = -1
 
@@ -345,6 +355,17 @@ def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
         rows = max(1, _PIECE // max(1, array.nbytes // max(1, len(array))))
         for start in range(0, len(array), rows):
             yield np.ascontiguousarray(array[start : start + rows])
+
+
+def _seal(fd: int, path: Path, journal: dict[str, Any]) -> None:
+    """Put a complete shard on the disk and in the journal, in the background: the next one is made meanwhile."""
+    try:
+        os.fsync(fd)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+    _write_json(path, journal)
 
 
 def _write_json(path: Path, data: Any) -> None:

@@ -10,12 +10,13 @@ import pytest
 from moestro.compress.bits import blank, encode_experts, encode_trunk, expert_bytes
 from moestro.compress.calibration import Calibration
 from moestro.compress.encode.gptq import gptq
+from moestro.compress.encode.rtn import rtn
 from moestro.compress.encoding import Encoder
 from moestro.compress.executor import compress
 from moestro.compress.export.coded import CodedJob
 from moestro.compress.record import read_plan_of
 from moestro.compress.trunk import trunk_matrices
-from moestro.core.errors import InputError, PlanError
+from moestro.core.errors import CheckpointError, InputError, PlanError
 from moestro.core.experts import ExpertKey
 from moestro.core.plans.compression import CompressionPlan, Encoding, Slot
 from moestro.models.checkpoint import Checkpoint
@@ -116,6 +117,33 @@ def test_the_kept_inputs_are_the_models_own(wide, profile):
     counts = {k: int((Calibration(profile, one.layout.facts).layer(k.layer).experts_nK == k.expert).sum()) for k in
               Calibration(profile, one.layout.facts).rare()}  # fmt: skip
     assert all(n < 32 for n in counts.values()) and counts == Calibration(profile, one.layout.facts).rare()
+
+
+@pytest.mark.parametrize(("family", "layout", "dtype"), [("olmoe", None, "bfloat16"), ("gpt_oss", "fused", "float16")])
+def test_rounding_from_the_stored_numbers_gives_the_bytes_of_rounding_floats(family, layout, dtype, tmp_path):
+    """No copy in float32 is made; what is not finite is named all the same, and nothing stays behind."""
+    save_tiny(family, tmp_path / "model", layout, dtype, **WIDE)
+    checkpoint = Checkpoint.open(tmp_path / "model")
+    layout_of = describe(checkpoint)
+    plan = encode_experts(blank(checkpoint, layout_of, "by.hand"), layout_of, "compress.encode.rtn", "uint4:32")
+    plan = encode_trunk(plan, trunk_matrices(checkpoint, layout_of), inner=None, outer=("compress.encode.rtn", "int8:32"))
+
+    def made(out):
+        return compress(plan, checkpoint, layout_of, out, encoder=Encoder(plan, layout_of.facts), form=CodedJob).checkpoint
+
+    coded = made(tmp_path / "coded")
+    weights = read_expert(checkpoint, layout_of, ExpertKey(1, 3))
+    names = sorted(n for n in coded.tensors if ".layers.1." in n and ".experts.3." in n and is_coded(coded.tensors[n].dtype))
+    for name, w_RC in zip(names, (weights.down_DF, weights.gate_FD, weights.up_FD), strict=True):
+        assert np.array_equal(read_coded(coded, name).parts[0], rtn(w_RC, codec="uint4:32").parts[0])
+    part = layout_of.parts(ExpertKey(1, 3))[0]
+    with open(part.file, "r+b") as file:
+        file.seek(part.offset + 10)
+        file.write(b"\xff\xff")
+    checkpoint = Checkpoint.open(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="of expert 3 in MoE layer 1 are NaN"):
+        made(tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
 
 
 def test_pruned_and_coded_in_one_plan(wide, tmp_path):

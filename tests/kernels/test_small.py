@@ -19,9 +19,10 @@ from moestro.kernels.checksum import crc32
 from moestro.kernels.combine import combine, reference_combine
 from moestro.kernels.convert import reference_to_bf16, reference_to_f32, split_gate_up, to_bf16, to_f32, transpose
 from moestro.kernels.ffn import MXFP4_VALUES, Matrix
+from moestro.kernels.packed import FORMATS, Packed, pack, quantise, reference_quantise
 from moestro.kernels.permute import reference_sort_pairs, sort_pairs
 from moestro.kernels.put import put, reference_put
-from moestro.kernels.quantise import encode_int4, encode_int8, encode_mxfp4, encode_uint4, reference_encode
+from moestro.kernels.quantise import encode_int4, encode_int8, encode_mxfp4, encode_uint4
 from moestro.kernels.topk import reference_topk, topk
 
 COMMON = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -161,30 +162,39 @@ def test_layouts(level, shape, dtype):
 
 @given(
     seed=st.integers(0, 99),
-    rows=st.integers(0, 9),
-    groups=st.integers(1, 3),
+    rows=st.integers(1, 35),
+    groups=st.integers(1, 11),
     group=st.sampled_from((32, 64, 128)),
     scale=st.sampled_from((1e-30, 1e-3, 1.0, 1e3)),
-    dtype=st.sampled_from(("float32", "float16")),
+    kind=st.sampled_from(("f32", "f16", "bf16")),
 )
 @COMMON
-def test_quantisers_give_the_references_bytes(level, seed, rows, groups, group, scale, dtype):
+def test_tiles_hold_the_references_bytes(level, seed, rows, groups, group, scale, kind):
+    """From any float format at any stride and alignment; many values are equal in size, zero of either sign, or all of a group."""
     rng = np.random.default_rng(seed)
     w = (rng.standard_normal((rows, groups * group)) * scale).astype(np.float32)
     w[rng.random(w.shape) < 0.1] = 0
     w[:1, :group] = 0
-    for format, kind in (("int8", dtype), ("int4", dtype), ("mxfp4", "uint8"), ("uint4", "float16")):
-        if format == "mxfp4":
-            found = encode_mxfp4(w)
-        elif format == "uint4":
-            found = encode_uint4(w, group)
+    w[-1:] = np.sign(w[-1:]) * np.float32(scale)  # ties, and negative zeros
+    stored = {"f32": w, "f16": w.astype(np.float16), "bf16": to_bf16(w)}[kind]
+    room = np.zeros(rows * (stored.shape[1] + 3) * stored.itemsize + 1, np.uint8)
+    odd = np.ndarray(stored.shape, stored.dtype, room.data, 1, ((stored.shape[1] + 3) * stored.itemsize, stored.itemsize))
+    odd[...] = stored
+    w = to_f32(stored)
+    for format in FORMATS:
+        per = 32 if format == "mxfp4" else group
+        found = quantise(odd, format, per)
+        if format in ("int3", "int2", "nested"):
+            expected = Packed(tuple(np.zeros_like(p) for p in found.parts), format, per, *w.shape)
+            assert reference_quantise(w, expected)
+        elif format in ("int8", "int4"):
+            expected = pack((encode_int8 if format == "int8" else encode_int4)(w, per, scale_dtype="float16"))
         else:
-            found = (encode_int8 if format == "int8" else encode_int4)(w, group, scale_dtype=dtype)
-        expected = reference_encode(w, format, 32 if format == "mxfp4" else group, np.dtype(kind))
-        assert found.scales is not None and expected.scales is not None
-        assert (found.data == expected.data).all() and (found.scales == expected.scales).all()
-        again = encode_mxfp4(found.dequantise()) if format == "mxfp4" else None
-        assert again is None or (again.dequantise() == found.dequantise()).all()
+            expected = pack(encode_mxfp4(w) if format == "mxfp4" else encode_uint4(w, per))
+        for ours, theirs in zip(found.parts, expected.parts, strict=True):
+            assert (ours == theirs).all(), format
+        again = quantise(found.dequantise(), "mxfp4", 32) if format == "mxfp4" else found
+        assert (again.dequantise() == found.dequantise()).all()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,14 +20,17 @@ from moestro.compress.encoding import MATRICES
 from moestro.compress.executor import Job, stored
 from moestro.compress.slots import build
 from moestro.compress.trunk import trunk_matrices
-from moestro.core.errors import PlanError
+from moestro.core.errors import CheckpointError, PlanError
 from moestro.core.experts import ExpertKey, ExpertWeights
 from moestro.core.method import card_of, load
 from moestro.core.plans.compression import STORED, LayerChange, Slot
 from moestro.kernels import native
 from moestro.kernels.packed import Packed
+from moestro.kernels.reader import READERS
+from moestro.models.checkpoint import NUMPY, check_finite
 from moestro.models.codecs.coded import bytes_of, codec_of, coded_bytes, describe
 from moestro.models.codecs.encode import check_fit, parse_codec
+from moestro.models.experts import check_weights, stored_weights
 from moestro.models.writer import CheckpointWriter
 
 BIASES = {"gate": "gate_F", "up": "up_F", "down": "down_D"}
@@ -39,11 +43,11 @@ R = TypeVar("R")
 
 
 def side_by_side(fn: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-    """fn of each item, in order; one more at once than there are cores, each on one thread of the linear algebra. While one is taken away and
+    """fn of each item, in order; some more at once than there are cores, each on one thread of the linear algebra. While one is taken away and
     written, the next are on their way."""
     from threadpoolctl import threadpool_limits
 
-    workers, under_way = native.cores() + 1, deque()  # one reads while the others compute
+    workers, under_way = native.cores() + READERS, deque()  # some read while the others compute
     with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
         for item in items:
             under_way.append(pool.submit(fn, item))
@@ -108,8 +112,18 @@ class CodedJob(Job):
         self.prepare(change)
 
         def encode(slot: Slot) -> tuple[ExpertWeights, dict[str, np.ndarray | Packed]]:
-            weights = build(slot, self.reader(change.ordinal), self._width)
-            return weights, self.encoder.tiles(change.ordinal, slot, weights)
+            if not (slot.copied and self.encoder.takes_stored(slot.encodings)):
+                weights = build(slot, self.reader(change.ordinal), self._width)
+                return weights, self.encoder.tiles(change.ordinal, slot, weights)
+            key = ExpertKey(change.ordinal, slot.sources[0])
+            with self.bulk.lend(self.layout.parts(key)) as raws:
+                weights = stored_weights(self.layout.parts(key), raws)
+                try:
+                    made = self.encoder.tiles(change.ordinal, slot, weights)
+                except CheckpointError:
+                    check_weights(weights, key)  # says which, where that is the cause
+                    raise
+            return replace(weights, gate_FD=None, up_FD=None, down_DF=None), made  # they lie in a buffer that is used again
 
         for (slot, targets), (weights, made) in zip(waiting, side_by_side(encode, [slot for slot, _ in waiting]), strict=True):
             for names in targets:
@@ -120,15 +134,31 @@ class CodedJob(Job):
                         writer.add(names[role].removesuffix("weight") + "bias", stored(bias, dtype), dtype)
 
     @property
+    def layer_bytes(self) -> int:
+        return expert_bytes(self.plan, self.layout) // len(self.plan.layers)
+
+    @property
     def shard_bytes(self) -> int:
-        return max(expert_bytes(self.plan, self.layout) // len(self.plan.layers), _SMALLEST_SHARD)
+        return max(self.layer_bytes, _SMALLEST_SHARD)
 
     def write_tensor(self, name: str, numbers: tuple[int, ...], writer: CheckpointWriter) -> None:
         codec = self._codec(numbers)
         if codec == STORED:
             super().write_tensor(name, numbers, writer)
         else:
-            self._put(writer, name, self.encoder.matrix(name, numbers, self.floats(name)), codec)
+            self._put(writer, name, self._encoded(name, numbers), codec)
+
+    def _encoded(self, name: str, numbers: tuple[int, ...]) -> np.ndarray | Packed:
+        ref = self.matrix_ref(name)
+        if name in self.touched or not self.encoder.takes_stored(numbers):
+            return self.encoder.matrix(name, numbers, self.floats(name))
+        with self.bulk.lend([ref]) as (raw,):
+            w_RC = raw.view(NUMPY[ref.dtype]).reshape(ref.shape)
+            try:
+                return self.encoder.matrix(name, numbers, w_RC)
+            except CheckpointError:
+                check_finite(w_RC, name)
+                raise
 
     def _put(self, writer: CheckpointWriter, name: str, matrix: np.ndarray | Packed, codec: str) -> None:
         if not isinstance(matrix, Packed) or codec_of(matrix).name != codec:

@@ -5,7 +5,7 @@ Idea       What counts for merging is what experts compute, not when they are as
 Rule       leaders = the `groups` experts chosen most often; S_ij = mean over the same tokens of cos(E_i(x), E_j(x)); e joins argmax S_e,leader
 Needs      counts, similarity
 Gives      labels_E and S_EE
-Departs    nothing
+Departs    the paper names this ablation and not its formula: the mean over tokens of the cosine is inferred
 Checked    every group holds its leader; planted duplicates join each other
 """
 
@@ -19,7 +19,7 @@ from moestro.compress.stats import LayerStats
 from moestro.core.method import method
 
 
-@method("compress.group.output_similarity", kind="group", paper="2310.01334", needs=("counts", "similarity"), fidelity="faithful")
+@method("compress.group.output_similarity", kind="group", paper="2310.01334", needs=("counts", "similarity"), fidelity="adapted")
 def output_similarity(stats: LayerStats, groups: int) -> Grouping:
     """groups: from 1 to E."""
     alike_EE = by_outputs(stats)

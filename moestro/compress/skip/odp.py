@@ -7,7 +7,8 @@ Rule       mu_l = the `share` quantile of w_j / w_1 over all tokens and all chos
 Needs      ratios
 Gives      the tap layers.taps.weight_ratio for each layer
 Departs    for more than two experts per token the ratios of all but the first share one threshold; quantiles are in steps of 2^(1/32);
-           the significance of a token is without the attention it gets, see the tap
+           the significance of a token is without the attention it gets, see the tap; every layer skips, where the authors' code can
+           leave those out that lose most
 Checked    share 0 skips nothing, 1 leaves the first alone; the share of skipped pairs is what was asked for; beats skipping at random
 """
 

@@ -47,5 +47,5 @@ def _parse(pattern: str, cols: int) -> tuple[int, int]:
     if not (stay.isdigit() and every.isdigit() and 0 < int(stay) < int(every)):
         raise InputError(f"the pattern is {pattern!r}", expected="n:m with n below m, such as 2:4")
     if cols % int(every):
-        raise InputError(f"rows of {cols} are no multiple of {every}", fix="use --option ratio=0.5 instead")
+        raise InputError(f"rows of {cols} are no multiple of {every}", fix="use moe_pruner:ratio=0.5 instead")
     return int(stay), int(every)

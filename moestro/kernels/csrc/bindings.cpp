@@ -54,18 +54,13 @@ NB_MODULE(_native, m) {
 
     m.def("ffn_scratch_bytes", &ffn_scratch_bytes);
 
-    m.def("quantise", [](Address w, int64_t rows, int64_t cols, int kind, int group, Address data, Address scales, bool half,
-                         int threads) {
-        Unlocked unlocked;
-        return quantise(at<const float>(w), rows, cols, kind, group, at<void>(data), at<void>(scales), half, threads);
-    });
     m.def("pack_tiles", [](const PackedMatrix& to, Address codes, Address scales, int threads) {
         Unlocked unlocked;
         pack_tiles(matrix_of(to), at<const uint8_t>(codes), at<const uint8_t>(scales), threads);
     });
-    m.def("quantise_tiles", [](const PackedMatrix& to, Address w, int threads) {
+    m.def("quantise_tiles", [](const PackedMatrix& to, const PackedMatrix& from, int threads) {
         Unlocked unlocked;
-        return quantise_tiles(matrix_of(to), at<const float>(w), threads);
+        return static_cast<int>(quantise_tiles(matrix_of(to), matrix_of(from), threads));
     });
     m.def("to_f32", [](Address values, Address out, int64_t count, bool half, int threads) {
         Unlocked unlocked;

@@ -1,4 +1,4 @@
-// IEEE half precision and bfloat16 in portable code.
+// IEEE half precision and bfloat16 in portable code. Static, for it is compiled for several instruction sets.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -6,7 +6,7 @@
 
 namespace moestro {
 
-inline float from_half(uint16_t h) {
+static inline float from_half(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, rest = h & 0x7fffu;
     // Normal numbers move their exponent; subnormal ones are made by a subtraction that is exact; no branch, so it vectorises.
     const uint32_t normal = (rest << 13) + (rest >= 0x7c00u ? 0x70000000u : 0x38000000u);
@@ -24,7 +24,7 @@ inline float from_half(uint16_t h) {
     return out;
 }
 
-inline uint16_t to_half(float value) {  // nearest, ties to even
+static inline uint16_t to_half(float value) {  // nearest, ties to even
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
     const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
@@ -36,7 +36,7 @@ inline uint16_t to_half(float value) {  // nearest, ties to even
     return sign | static_cast<uint16_t>((rest - 0x38000000u + 0xfffu + (rest >> 13 & 1u)) >> 13);
 }
 
-inline uint16_t to_bf16_bits(float value) {  // nearest, ties to even; not-a-number stays one
+static inline uint16_t to_bf16_bits(float value) {  // nearest, ties to even; not-a-number stays one
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
     const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;  // no branch, so it vectorises

@@ -15,10 +15,6 @@ void topk(const float* scores, int64_t tokens, int64_t experts, int64_t k, int64
 void sort_pairs(const int64_t* experts, const float* weights, int64_t* token, int64_t* slot, int64_t* expert, float* weight,
                 int64_t* starts, int64_t tokens, int64_t slots, int64_t num_experts);
 
-// kind 0 int8, 1 int4, 2 mxfp4. Returns false when a float16 scale would overflow.
-bool quantise(const float* w, int64_t rows, int64_t cols, int kind, int group, void* data, void* scales, bool half_scales,
-              int threads);
-
 void to_f32(const uint16_t* values, float* out, int64_t count, bool half, int threads);
 void to_bf16(const float* values, uint16_t* out, int64_t count, int threads);
 

@@ -21,12 +21,17 @@ struct Bundle {
     int rows;
 };
 
+// What became of weights that were to be encoded, the worst last.
+enum class Fit : int { good, too_large, not_finite };  // too_large: for float16 scales
+
 struct PackedLevel {
     const char* name;
     // out[(t * x.rows + r) * TILE + i] = dot(row 16 (tile + t) + i of w, row r of x) for t < count
     void (*product)(const MatrixRef& w, int64_t tile, int count, const Bundle& x, float* out);
     // Rounds `blocks` times STEP floats; block b goes to codes + b * stride * STEP, scales + b * stride and sums + b * stride.
     void (*round)(const float* x, int64_t blocks, int8_t* codes, float* scales, int32_t* sums, int64_t stride);
+    // Encodes rows of f32, f16 or bf16 at any address into tiles begin..end of `to`.
+    Fit (*encode)(const MatrixRef& to, const MatrixRef& from, int64_t begin, int64_t end);
 };
 
 // Null where the compiler's target lacks the instruction set.
@@ -65,8 +70,8 @@ void packed_linears(const float* x, int64_t x_stride, int64_t rows, const std::v
 
 // codes: rows of int8, or of nibbles with the low one first; scales: 16 bits, for mxfp4 8, for uint4 16 and a minimum of 16.
 void pack_tiles(const MatrixRef& to, const uint8_t* codes, const uint8_t* scales, int threads);
-// False when a scale is not finite.
-bool quantise_tiles(const MatrixRef& to, const float* w, int threads);
+// from: rows of f32, f16 or bf16.
+Fit quantise_tiles(const MatrixRef& to, const MatrixRef& from, int threads);
 
 // One row in float32, what the planes' values add up to.
 void unpack_row(const MatrixRef& w, int64_t row, float* out);

@@ -50,11 +50,12 @@ struct D::Sum<-1> {
 }  // namespace
 }  // namespace moestro
 
+#include "encode_tile.hpp"
 #include "packed_tile.hpp"
 
 namespace moestro {
 const PackedLevel* packed_avx2() {
-    static const PackedLevel level{"avx2", product, round_x86};
+    static const PackedLevel level{"avx2", product, round_x86, encode_tiles};
     return &level;
 }
 }  // namespace moestro

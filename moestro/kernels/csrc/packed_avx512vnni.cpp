@@ -68,7 +68,7 @@ struct D {
 
 namespace moestro {
 const PackedLevel* packed_avx512vnni() {
-    static const PackedLevel level{"avx512vnni", product, round_x86};
+    static const PackedLevel level{"avx512vnni", product, round_x86, packed_avx2()->encode};
     return &level;
 }
 }  // namespace moestro

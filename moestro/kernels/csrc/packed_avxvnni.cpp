@@ -29,7 +29,7 @@ struct D : X86 {
 
 namespace moestro {
 const PackedLevel* packed_avxvnni() {
-    static const PackedLevel level{"avxvnni", product, round_x86};
+    static const PackedLevel level{"avxvnni", product, round_x86, packed_avx2()->encode};
     return &level;
 }
 }  // namespace moestro

@@ -31,6 +31,21 @@ std::vector<uint8_t> random_tiles(Format format, int64_t tiles, int64_t cols, in
     return out;
 }
 
+// x: TILE rows of 192 numbers.
+bool encodes_like_scalar(const PackedLevel& level, Format format, int group, const float* x) {
+    constexpr int64_t cols = 192;
+    std::vector<uint8_t> parts[2][3];
+    for (int k = 0; k < 2; ++k) {
+        for (int i = 0; i < 3; ++i) parts[k][i].resize(static_cast<size_t>(tile_bytes(i ? Format::tiles_sign : format, cols, group)));
+        const bool nested = format == Format::tiles_nested;
+        const MatrixRef to{format, parts[k][0].data(), 0, TILE, cols, nullptr, 0, true, group, nested ? parts[k][1].data() : nullptr,
+                           nested ? parts[k][2].data() : nullptr};
+        const MatrixRef from{Format::f32, reinterpret_cast<const uint8_t*>(x), cols * 4, TILE, cols, nullptr, 0, false, 0};
+        if ((k ? level : *packed_scalar()).encode(to, from, 0, 1) != Fit::good) return false;
+    }
+    return parts[0][0] == parts[1][0] && parts[0][1] == parts[1][1] && parts[0][2] == parts[1][2];
+}
+
 }  // namespace
 
 bool agrees_with_scalar(const PackedLevel& level) {
@@ -51,6 +66,7 @@ bool agrees_with_scalar(const PackedLevel& level) {
     for (Format format : {Format::tiles_int8, Format::tiles_int4, Format::tiles_int3, Format::tiles_int2, Format::tiles_mxfp4, Format::tiles_nested,
                           Format::tiles_uint4}) {
         const int group = format == Format::tiles_mxfp4 ? 32 : 64;
+        if (!encodes_like_scalar(level, format, group, x)) return false;
         const auto base = random_tiles(format, tiles, cols, group, draw), third = random_tiles(Format::tiles_sign, tiles, cols, group, draw),
                    fourth = random_tiles(Format::tiles_sign, tiles, cols, group, draw);
         for (int planes = 0; planes < (format == Format::tiles_nested ? 3 : 1); ++planes) {

@@ -28,7 +28,7 @@ struct D : Arm {
 
 namespace moestro {
 const PackedLevel* packed_neon() {
-    static const PackedLevel level{"neon", product, round_arm};
+    static const PackedLevel level{"neon", product, round_arm, packed_scalar()->encode};
     return &level;
 }
 }  // namespace moestro

@@ -25,7 +25,7 @@ struct D : Arm {
 
 namespace moestro {
 const PackedLevel* packed_neondot() {
-    static const PackedLevel level{"neondot", product, round_arm};
+    static const PackedLevel level{"neondot", product, round_arm, packed_scalar()->encode};
     return &level;
 }
 }  // namespace moestro

@@ -121,6 +121,7 @@ void round(const float* x, int64_t blocks, int8_t* codes, float* scales, int32_t
 }  // namespace
 }  // namespace moestro
 
+#include "encode_tile.hpp"
 #include "packed_tile.hpp"
 
 namespace moestro {
@@ -173,7 +174,7 @@ void unpack_row(const MatrixRef& w, int64_t row, float* out) {
 }
 
 const PackedLevel* packed_scalar() {
-    static const PackedLevel level{"scalar", product, round};
+    static const PackedLevel level{"scalar", product, round, encode_tiles};
     return &level;
 }
 }  // namespace moestro

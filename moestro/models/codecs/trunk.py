@@ -13,7 +13,6 @@ import numpy as np
 
 from moestro.core.errors import CheckpointError, InputError
 from moestro.kernels.checksum import crc32
-from moestro.kernels.convert import to_f32
 from moestro.kernels.packed import TILE, Packed, part_sizes, quantise
 from moestro.kernels.reader import READERS, Read, Reader, aligned
 from moestro.models.checkpoint import NUMPY, Checkpoint, check_finite
@@ -58,7 +57,7 @@ def encode_rows(checkpoint: Checkpoint, name: str, codec: Codec, first: int = 0,
         stored = raw.view(dtype).reshape(some, cols)
         check_finite(stored, name)
         try:
-            made = quantise(to_f32(stored), codec.format, codec.group)
+            made = quantise(stored, codec.format, codec.group)
         except ValueError as error:
             raise CheckpointError(f"{name} cannot be stored as {codec.name}: {error}", fix="keep the trunk as stored") from error
         for whole, piece, size in zip(parts, made.parts, tile, strict=True):
