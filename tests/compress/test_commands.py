@@ -114,6 +114,9 @@ def test_experts_are_pruned_and_coded_in_one_plan(moestro, work):  # noqa: F811
     assert done.code == 0 and done.json["agreement"] > 0.5, done.err
     done = moestro("plan", "rtn", work / "model")
     assert done.code == 2 and "--codec int4:64" in done.err
+    done = moestro("plan", "rtn", work / "model", "--codec", "int8:32")
+    assert done.code == 1 and "matrices stay as they are stored" in done.err and "--allow-plain" in done.err
+    assert moestro("plan", "rtn", work / "model", "--codec", "int8:32", "--allow-plain").code == 0
 
 
 @pytest.mark.parametrize(
