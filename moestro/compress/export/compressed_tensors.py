@@ -53,7 +53,7 @@ def compressed_tensors(
         raise CoverageError(
             f"{len(left)} matrices are not quantised, such as {left[0]}",
             expected="all of them, or leave to keep them as they are",
-            fix=f"allow it: --allow-plain {left[0].rpartition('layers.')[2].partition('.')[2] or left[0]}",
+            fix=f"allow it: --allow-plain {_ending(left[0])}",
         )
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     ignored = [
@@ -70,6 +70,12 @@ def compressed_tensors(
                 writer.add(f"{name.removesuffix('weight')}{ending}", array, dtype)
         checkpoint.unchanged()
         return writer.finish(copy_files_from=checkpoint)
+
+
+def _ending(name: str) -> str:
+    """What a tensor is called in every layer, or its whole name outside of them."""
+    before, _, inside = name.rpartition("layers.")
+    return inside.partition(".")[2] if before or name.startswith("layers.") else name
 
 
 def parts_of(packed: Packed) -> dict[str, tuple[np.ndarray, str]]:
