@@ -176,9 +176,9 @@ def mixtures(budgets: Iterable[str]) -> Iterator[Cell]:
     """Every budget of bits over fitted rounding, which is quick to try in every width, and the usual one over GPTQ and at more bits."""
     rounded = {"options": {"search": True}}
     for budget in budgets:
-        scopes: tuple[dict[str, Any], ...] = (
-            ({}, {"scope": "model"}) if "scope" in {o["name"] for o in _options(budget)} else ({},)
-        )
+        scopes: tuple[dict[str, Any], ...] = ({}, {"scope": "model"}) if _has(budget, "scope") else ({},)
+        if budget == USUAL_BUDGET:  # the error of the output says by itself how often an expert is used, and how heavily
+            scopes = (*scopes, {"alpha": 0.0, "beta": 0.0}, {"alpha": 0.0, "beta": 0.0, "scope": "model"})
         for options in scopes:
             for method, wish in ((ROUNDED, rounded), *(((LAST, {}),) if budget == USUAL_BUDGET and not options else ())):
                 title = f"{short(budget)} of {short(method)}" + (f", {said(options)}" if options else "")
@@ -201,6 +201,10 @@ def before(name: str, part: str) -> Iterator[Cell]:
 
 def _options(name: str) -> list[dict[str, Any]]:
     return next(row["options"] for row in catalogue() if row["name"] == name)
+
+
+def _has(name: str, option: str) -> bool:
+    return option in {o["name"] for o in _options(name)}
 
 
 def combinations(d_expert: int) -> Iterator[Cell]:

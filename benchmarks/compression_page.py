@@ -123,12 +123,14 @@ def claims(report: dict[str, Any]) -> str:
     for model in TITLES:
         for codec in ("uint4:64", "int4:64", "int3:64"):
             lines.append(pair(report, f"GPTQ beats round-to-nearest ({codec})", model, ("gptq", codec), ("rtn", codec)))
+            first = f"... with the largest inputs first ({codec})"
+            lines.append(pair(report, first, model, ("gptq, ordered", codec), ("rtn", codec)))
             lines.append(
                 pair(report, f"... also when that fits its ranges ({codec})", model, ("gptq", codec), ("rtn, search", codec))
             )
         for bits, uniform in (("2.5 bits", "int2:32"), ("3.25 bits", "int3:64")):
             for budget in ("mc_moe", "mc_sharp"):
-                for scope in ("", ", scope model"):
+                for scope in ("", ", scope model", ", alpha 0.0, beta 0.0", ", alpha 0.0, beta 0.0, scope model"):
                     mine, other = (f"{budget} of rtn{scope}", bits), ("rtn, search", uniform)
                     lines.append(pair(report, f"mixed {bits} beat uniform ones", model, mine, other))
             lines.append(
