@@ -92,7 +92,7 @@ class Cell:
         named = [step.method for step in self.steps]
         for step in self.steps:
             named += [f"compress.fuse.{step.wish['fuse']}"] if "fuse" in step.wish else []
-            named += [step.wish[key] for key in ("budget", "smooth", "router") if key in step.wish]
+            named += [step.wish[key] for key in ("budget", "smooth", *(["router"] if step.bits else [])) if key in step.wish]
         return tuple(dict.fromkeys(named))
 
     @property
@@ -124,6 +124,9 @@ def grid(kinds: Iterable[str], d_expert: int) -> list[Cell]:
                 for ratio in RATIOS:
                     wish = {"ratio": ratio, "fuse": short(fuse)}
                     found.append(Cell(f"{short(name)} + {short(fuse)}", share(ratio), kind, (Step(name, wish),)))
+                    if short(fuse) == Wish().fuse:  # every row of the router stays and leads to the expert that its own went into
+                        step = Step(name, wish | {"router": "repoint"})
+                        found.append(Cell(f"{short(name)} + {short(fuse)}, repoint", share(ratio), kind, (step,)))
         elif kind in REMOVING or kind == "neurons":
             for ratio in RATIOS:
                 wish = {"ratio": ratio} if kind in REMOVING else {"keep": round(d_expert * (1 - ratio))}
