@@ -8,7 +8,8 @@ Needs      the evidence of widths: counts, weights, output_LEW
 Gives      the width of each expert
 Departs    the budget is in bytes, scales included, where the paper counts code bits; that the two widest must occur is an option, for it
            can break a budget; with scope 'model' one program spans all layers, eps then as a share of what the layer's experts add, times
-           their share of the residual stream where the profile was made with the probe residual
+           their share of the residual stream where the profile was made with the probe residual; use and weight are of the tokens that
+           the profile kept and of the weights that they are combined with, where the paper takes all tokens and the router's own weights
 Checked    brute force over all choices; the presence of widths; a more important expert with the same errors never has fewer bits
 """
 
