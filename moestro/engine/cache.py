@@ -17,7 +17,7 @@ from moestro.engine.store import ExpertStore, Views, arrived
 from moestro.engine.table import Moment, Placement, SlotTable
 from moestro.engine.widths import WidthTable
 from moestro.kernels.ffn import ExpertView
-from moestro.kernels.reader import Populated, Reader, aligned
+from moestro.kernels.reader import Hurry, Populated, Reader, aligned
 from moestro.kernels.step import Shelf
 
 
@@ -76,6 +76,7 @@ class ExpertCache:
         self.tickets: dict[ExpertKey, int] = {}
         self._bytes = {True: 0, False: 0}
         self._torn = False  # an error broke off what belongs together: some residents may have no bytes
+        self._early: dict[ExpertKey, int] = {}  # tickets of experts that nobody has asked for yet; see `preload`
         self._landing: dict[int, int] = {}  # slots that a read nobody wants any more is still filling, and its ticket
         self._made: dict[int, Views] = {}  # of each slot
         sizes = [store.slot_bytes] * len(table.slots) if slot_bytes is None else slot_bytes
@@ -142,19 +143,28 @@ class ExpertCache:
             self._leave(key, slot)
         return found  # type: ignore[return-value]
 
-    def fetch(self, placements: Iterable[Placement], moment: Moment, *, urgent: bool = True) -> None:
-        """Start the reads of what the table has placed; a prefetch that is now needed becomes urgent."""
+    def preload(self) -> None:
+        """Read the experts that have a slot of their own, the table's pinned ones, whenever the disk has nothing else to do.
+
+        Only when their bytes come changes by it: the first demand of each still counts as a miss.
+        """
+        for key, slot in sorted(self.table.pinned.items()):
+            if key not in self.table and key not in self._early:
+                self._early[key] = self.reader.submit(self.store.reads(key, self.slot(slot)), Hurry.IDLE)
+
+    def fetch(self, placements: Iterable[Placement], moment: Moment, hurry: Hurry = Hurry.NOW) -> None:
+        """Start the reads of what the table has placed; what is being read with less hurry gets so much."""
         try:
-            self._fetch(placements, moment, urgent)
+            self._fetch(placements, moment, hurry)
         except BaseException:
             self._torn = True
             raise
 
-    def _fetch(self, placements: Iterable[Placement], moment: Moment, urgent: bool) -> None:
+    def _fetch(self, placements: Iterable[Placement], moment: Moment, hurry: Hurry) -> None:
         late: list[Placement] = []
         for p in placements:
             if p.hit:
-                if urgent and p.prefetched and (ticket := self.tickets.get(p.key)) is not None:
+                if hurry == Hurry.NOW and p.prefetched and (ticket := self.tickets.get(p.key)) is not None:
                     self.reader.promote(ticket)
                 continue
             if p.evicted is not None:
@@ -162,15 +172,19 @@ class ExpertCache:
             if p.slot in self._landing:
                 late.append(p)  # all other reads are started before this one has to wait
             else:
-                self._read(p, moment, urgent)
+                self._read(p, moment, hurry)
         for p in late:
             with contextlib.suppress(OSError, EOFError):  # nobody asks for those bytes any more
                 self.reader.wait(self._landing.pop(p.slot))
-            self._read(p, moment, urgent)
+            self._read(p, moment, hurry)
 
-    def _read(self, placement: Placement, moment: Moment, urgent: bool) -> None:
+    def _read(self, placement: Placement, moment: Moment, hurry: Hurry) -> None:
         reads = self.store.reads(placement.key, self.slot(placement.slot))
-        self.tickets[placement.key] = self.reader.submit(reads, urgent=urgent)
+        if (ticket := self._early.pop(placement.key, None)) is not None:
+            self.reader.promote(ticket, hurry)
+        else:
+            ticket = self.reader.submit(reads, hurry)
+        self.tickets[placement.key] = ticket
         self._bytes[moment.prefill] += sum(r.nbytes for r in reads)
 
     def _leave(self, key: ExpertKey, slot: int) -> None:
@@ -225,10 +239,13 @@ class ExpertCache:
     def drain(self) -> None:
         """Wait for every read on its way, as before the slots go."""
         self._populated.close()
-        for ticket in (*self.tickets.values(), *self._landing.values()):
+        for ticket in self._early.values():
+            self.reader.cancel(ticket)
+        for ticket in (*self.tickets.values(), *self._landing.values(), *self._early.values()):
             with contextlib.suppress(OSError, EOFError, ValueError):
                 self.reader.wait(ticket)
         self._landing.clear()
+        self._early.clear()
         self.tickets = {key: ticket for key, ticket in self.tickets.items() if key in self.table}
 
     def forget(self) -> None:

@@ -21,6 +21,7 @@ from moestro.engine.table import Moment, needed
 from moestro.kernels.combine import combine
 from moestro.kernels.ffn import ExpertView, activate, grouped_ffn
 from moestro.kernels.permute import sort_pairs
+from moestro.kernels.reader import Hurry
 from moestro.layers.taps.compressed_experts import Scales
 
 
@@ -59,7 +60,7 @@ class Dispatch:
             work = _Work(facts, x_TD, experts_TK, weights_TK, self.threads, scales)
             while True:
                 if lease.last and self.prefetcher is not None:
-                    cache.fetch(self.prefetcher.routed(experts_TK, moment, glimpse), moment, urgent=False)
+                    cache.fetch(self.prefetcher.routed(experts_TK, moment, glimpse), moment, Hurry.SOON)
                 following = next(leases) if ahead and not lease.last else None
                 if meanwhile is not None:
                     meanwhile()
@@ -75,7 +76,7 @@ class Dispatch:
         prefetches as by `run`, whose arithmetic is left to the caller, who has to be done before the next call. None: call `run`."""
         views = self.cache.resident(experts_1K[0].tolist(), moment)
         if views is not None and self.prefetcher is not None:
-            self.cache.fetch(self.prefetcher.routed(experts_1K, moment, glimpse), moment, urgent=False)
+            self.cache.fetch(self.prefetcher.routed(experts_1K, moment, glimpse), moment, Hurry.SOON)
         return views
 
 

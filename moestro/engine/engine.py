@@ -31,7 +31,7 @@ from moestro.engine.sample import SamplingParams
 from moestro.engine.store import ExpertStore, PackedStore, SourceStore, load
 from moestro.engine.table import Moment, SlotTable
 from moestro.engine.trunk import State, TransformersTrunk, Trunk, has_recurrent_states
-from moestro.engine.widths import Widths, WidthTable, table_of
+from moestro.engine.widths import Widths, WidthTable, staying, table_of
 from moestro.kernels.ffn import ExpertView
 from moestro.kernels.native import available, cores
 from moestro.kernels.reader import READERS, Reader
@@ -85,7 +85,12 @@ class Engine:
         if plan.scope == "width":
             assert plan.precision is not None and isinstance(self.store, PackedStore), "checked above"
             widths = Widths.of(plan.precision.experts_LE, self.store.sizes_LE)
-        table = table_of(plan.slots, plan.scope, eviction, layers=len(self.facts.layers), pinned=plan.pinned, widths=widths)
+        pinned = plan.pinned
+        if (
+            plan.predictor == NONE or not plan.prefetch
+        ):  # what stays anyway is as good as pinned, but a wrong guess would no longer leave
+            pinned = (*pinned, *staying(plan.slots, plan.scope, self.facts, pinned, widths))
+        table = table_of(plan.slots, plan.scope, eviction, layers=len(self.facts.layers), pinned=pinned, widths=widths)
         prefetcher = self._prefetcher(table)
         self.taps = RoutingTaps.of(checkpoint)
         self.tasks, self.task = tasks, ""
@@ -106,6 +111,7 @@ class Engine:
             self.cache = ExpertCache(self.store, table, self.reader, shelf, None if widths is None else widths.slot_bytes_W)
             self.dispatch = Dispatch(self.cache, self.facts.layers, self.threads, prefetcher)
             self.trunk: Trunk = self._load_trunk()
+            self.cache.preload()
         except BaseException:
             self.reader.close()
             raise
@@ -388,6 +394,7 @@ class Engine:
             self.store.limit([[0] * len(row) for row in self.store.planes_LE])
         self.store.limit(self.store.cap(_checked(planes)))
         self.cache.forget()
+        self.cache.preload()
         self.changes, self.packed = self._changes(), self._packed()
 
     def begin(self) -> None:

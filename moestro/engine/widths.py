@@ -13,6 +13,7 @@ import numpy as np
 
 from moestro.core.errors import InputError
 from moestro.core.experts import ExpertKey
+from moestro.core.layer import ModelFacts
 from moestro.engine.store import pages
 from moestro.engine.table import Counts, Eviction, Moment, Placement, SlotTable, Wave
 
@@ -191,6 +192,29 @@ def table_of(
     if widths is None:
         raise InputError("scope is 'width', and the experts have one width", expected="'global' or 'layer'")
     return WidthTable(slots, eviction, widths.widths_LE, layers=layers, pinned=pinned)
+
+
+def staying(
+    slots: Sequence[int], scope: str, facts: ModelFacts, pinned: Sequence[ExpertKey], widths: Widths | None = None
+) -> list[ExpertKey]:
+    """The experts beside `pinned` that would never leave, for their pool has a slot for each of its experts. Slots, scope: as `table_of` takes them.
+
+    A table keeps one slot that is nobody's own, so one expert of each such pool is not among them; it stays all the same.
+    """
+    members: list[list[ExpertKey]] = [[] for _ in slots]
+    for la in facts.layers:
+        for e in range(la.num_experts):
+            pool = (
+                widths.widths_LE[la.ordinal][e]
+                if scope == "width" and widths is not None
+                else la.ordinal
+                if scope == "layer"
+                else 0
+            )
+            members[pool].append(ExpertKey(la.ordinal, e))
+    own = set(pinned)
+    free = [[key for key in some if key not in own] for size, some in zip(slots, members, strict=True) if size >= len(some)]
+    return [key for some in free for key in some[:-1]]
 
 
 def _ordered(placements: list[Placement], keys: Sequence[ExpertKey]) -> list[Placement]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moestro.kernels import native
-from moestro.kernels.reader_threads import LATER_PIECE, PIECE, Queue
+from moestro.kernels.reader_threads import LATER_PIECE, PIECE, Hurry, Queue
 
 BLOCK = 4096
 HUGE = 4 << 20  # bytes from which a buffer asks for huge pages
@@ -106,8 +106,8 @@ class Reader:
         """Bytes of the file when it was added."""
         return self._sizes[file]
 
-    def submit(self, reads: Sequence[Read], *, urgent: bool = True) -> int:
-        """Queue reads under one new ticket. Urgent ones go before all queued non-urgent ones; else first come, first served."""
+    def submit(self, reads: Sequence[Read], hurry: Hurry = Hurry.NOW) -> int:
+        """Queue reads under one new ticket, before all queued ones of less hurry; else first come, first served."""
         pieces, buffers = [], []
         for file, offset, nbytes, into in reads:
             assert into.dtype == np.uint8 and into.ndim == 1 and into.flags.c_contiguous and into.flags.writeable
@@ -120,7 +120,7 @@ class Reader:
         ticket = self._queue.reserve()
         self._alive[ticket] = buffers
         try:
-            self._queue.submit(ticket, pieces, urgent)
+            self._queue.submit(ticket, pieces, hurry)
         except BaseException:
             self._alive.pop(ticket, None)
             raise
@@ -142,9 +142,9 @@ class Reader:
         """Whether `wait` would return or raise at once."""
         return self._queue.done(ticket)
 
-    def promote(self, ticket: int) -> None:
-        """Make a queued prefetch urgent; what has begun or ended stays as it is."""
-        self._queue.promote(ticket)
+    def promote(self, ticket: int, hurry: Hurry = Hurry.NOW) -> None:
+        """Give what is queued with less hurry so much; what has begun or ended stays as it is."""
+        self._queue.promote(ticket, hurry)
 
     def cancel(self, ticket: int) -> None:
         """Do not begin what has not begun. The ticket ends, without an error for that, once what is in flight has; its bytes mean nothing."""

@@ -11,9 +11,19 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import NamedTuple
 
-# Reads are cut to these sizes, urgent and other ones, so that an urgent one never waits long for a prefetch.
+
+class Hurry(IntEnum):
+    """What goes first. NOW: somebody waits. SOON: somebody probably will. IDLE: when there is nothing else to read."""
+
+    NOW = 0
+    SOON = 1
+    IDLE = 2
+
+
+# Reads are cut to these sizes, those of most hurry and all others, so that nobody waits long for what has less.
 PIECE, LATER_PIECE = 4 << 20, 1 << 20
 END, CLOSED = -1, -2  # codes of `wait` besides 0 and errno values
 _BLOCK = 4096
@@ -43,13 +53,12 @@ class _Ticket:
 
 
 class Queue:
-    """Two queues, urgent first, and `threads` workers. Addresses must stay valid until their ticket has ended."""
+    """A queue for each `Hurry`, and `threads` workers. Addresses must stay valid until their ticket has ended."""
 
     def __init__(self, threads: int, direct: bool) -> None:
         self._direct = direct
         self._files: list[_File] = []
-        self._urgent: deque[_Piece] = deque()
-        self._later: deque[_Piece] = deque()
+        self._queues: tuple[deque[_Piece], ...] = tuple(deque() for _ in Hurry)
         self._tickets: dict[int, _Ticket] = {}  # unfinished or failed ones only
         self._ended: list[int] = []
         self._next = 0
@@ -89,9 +98,9 @@ class Queue:
             self._next += 1
             return self._next
 
-    def submit(self, ticket: int, reads: Sequence[tuple[int, int, int, int]], urgent: bool) -> None:
+    def submit(self, ticket: int, reads: Sequence[tuple[int, int, int, int]], hurry: int) -> None:
         """Queue (file, offset, nbytes, address) reads."""
-        size = PIECE if urgent else LATER_PIECE
+        size = PIECE if hurry == Hurry.NOW else LATER_PIECE
         pieces = [
             _Piece(ticket, file, offset + at, min(size, nbytes - at), address + at)
             for file, offset, nbytes, address in reads
@@ -104,7 +113,7 @@ class Queue:
                 self._ended.append(ticket)
                 return
             self._tickets[ticket] = _Ticket(len(pieces))
-            (self._urgent if urgent else self._later).extend(pieces)
+            self._queues[hurry].extend(pieces)
             self._work.notify(len(pieces))
 
     def reap(self) -> list[int]:
@@ -125,26 +134,24 @@ class Queue:
             state = self._tickets.get(ticket)
             return state is None or state.left == 0
 
-    def promote(self, ticket: int) -> None:
+    def promote(self, ticket: int, hurry: int) -> None:
         with self._lock:
-            self._urgent.extend(piece for piece in self._later if piece.ticket == ticket)
-            self._later = deque(piece for piece in self._later if piece.ticket != ticket)
+            for queue in self._queues[hurry + 1 :]:
+                self._queues[hurry].extend(_taken(queue, ticket))
 
     def cancel(self, ticket: int) -> None:
         with self._lock:
-            gone = sum(piece.ticket == ticket for piece in (*self._urgent, *self._later))
-            self._urgent = deque(piece for piece in self._urgent if piece.ticket != ticket)
-            self._later = deque(piece for piece in self._later if piece.ticket != ticket)
-            for _ in range(gone):
-                self._end(ticket, 0, "")
+            for queue in self._queues:
+                for _ in _taken(queue, ticket):
+                    self._end(ticket, 0, "")
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            for piece in (*self._urgent, *self._later):
-                self._end(piece.ticket, CLOSED, "the reader was closed before this read began")
-            self._urgent.clear()
-            self._later.clear()
+            for queue in self._queues:
+                for piece in queue:
+                    self._end(piece.ticket, CLOSED, "the reader was closed before this read began")
+                queue.clear()
             self._work.notify_all()
         for thread in self._threads:
             if thread is not threading.current_thread():
@@ -159,11 +166,12 @@ class Queue:
     def _run(self) -> None:
         while True:
             with self._lock:
-                while not (self._urgent or self._later or self._closed):
+                while not (any(self._queues) or self._closed):
                     self._work.wait()
-                if not (self._urgent or self._later):
+                queue = next(filter(None, self._queues), None)
+                if queue is None:
                     return
-                piece = (self._urgent or self._later).popleft()
+                piece = queue.popleft()
                 file = self._files[piece.file]
                 if self._flying == 0:
                     self._since = time.perf_counter()
@@ -186,6 +194,15 @@ class Queue:
             if not state.code:
                 del self._tickets[ticket]
             self._finished.notify_all()
+
+
+def _taken(queue: deque[_Piece], ticket: int) -> list[_Piece]:
+    """The ticket's pieces, which leave the queue."""
+    taken = [piece for piece in queue if piece.ticket == ticket]
+    rest = [piece for piece in queue if piece.ticket != ticket]
+    queue.clear()
+    queue.extend(rest)
+    return taken
 
 
 def _read(file: _File, piece: _Piece) -> tuple[int, int, str]:

@@ -7,7 +7,7 @@ from moestro.engine.cache import ExpertCache
 from moestro.engine.evict.lru import Lru
 from moestro.engine.store import SourceStore
 from moestro.engine.table import Moment, SlotTable
-from moestro.kernels.reader import Reader
+from moestro.kernels.reader import Hurry, Reader
 
 NOW = Moment(0, 0, False)
 
@@ -74,13 +74,48 @@ def test_waves_cover_a_demand_larger_than_the_cache(make):
 
 def test_a_hint_is_a_hit_and_its_bytes_count(make):
     cache = make(3)
-    cache.fetch(cache.table.hint(keys(2), NOW), NOW, urgent=False)
+    cache.fetch(cache.table.hint(keys(2), NOW), NOW, Hurry.SOON)
     before = cache.bytes_read(prefill=False)
     assert before > 0
     with cache.acquire(keys(2), NOW) as lease:
         assert set(values(lease)) == set(keys(2))
     assert cache.bytes_read(prefill=False) == before
     assert cache.table.counts().prefetch_used == 1
+
+
+def pinned(cache, *experts):
+    """The same cache with these experts of layer 0 pinned."""
+    layers = cache.table.layers
+    table = SlotTable((len(experts) + 1,), "global", lambda c, n: Lru(c, n), layers=layers, pinned=keys(*experts))
+    return ExpertCache(cache.store, table, cache.reader)
+
+
+def test_preloaded_experts_are_there_before_anybody_asks_and_count_as_if_they_were_not(make):
+    cache, reference = pinned(make(), 0, 2), make(4)
+    cache.preload()
+    tickets = dict(cache._early)
+    assert sorted(tickets) == keys(0, 2) and not cache.tickets and len(cache.table) == 0
+    for ticket in tickets.values():
+        cache.reader.wait(ticket)
+    with cache.acquire(keys(0, 1, 2), NOW) as lease, reference.acquire(keys(0, 1, 2), NOW) as other:
+        assert {k: cache.tickets[k] for k in keys(0, 2)} == tickets, "no second read"
+        assert values(lease) == values(other)
+    assert cache.table.counts() == reference.table.counts()
+    assert cache.bytes_read(prefill=False) == reference.bytes_read(prefill=False)
+    assert cache.reader.bytes_read == reference.reader.bytes_read, "each was read once"
+    cache.preload()
+    assert not cache._early, "both are in memory"
+
+
+def test_what_is_preloaded_can_be_forgotten_and_drained(make):
+    cache, reference = pinned(make(), 0, 1, 2), make(4)
+    for end in (cache.drain, cache.forget):
+        cache.preload()
+        end()
+        assert not cache._early
+    cache.preload()
+    with cache.acquire(keys(1), NOW) as lease, reference.acquire(keys(1), NOW) as other:
+        assert values(lease) == values(other)
 
 
 class Failing(SourceStore):
@@ -131,7 +166,7 @@ def test_a_prefetch_that_is_evicted_while_it_is_read_harms_nothing(make):
     for e in range(4):
         with reference.acquire(keys(e), NOW) as lease:
             expected = values(lease)
-        cache.fetch(cache.table.hint(keys((e + 1) % 4), NOW), NOW, urgent=False)
+        cache.fetch(cache.table.hint(keys((e + 1) % 4), NOW), NOW, Hurry.SOON)
         with cache.acquire(keys(e), NOW) as lease:
             assert values(lease) == expected
     cache.drain()
@@ -144,7 +179,7 @@ def test_a_wrong_guess_is_not_read_on_and_its_slot_holds_the_right_expert(make):
         e = step % 4
         with reference.acquire(keys(e), NOW) as lease:
             expected = values(lease)
-        cache.fetch(cache.table.hint(keys((e + 2) % 4, (e + 3) % 4), NOW), NOW, urgent=False)
+        cache.fetch(cache.table.hint(keys((e + 2) % 4, (e + 3) % 4), NOW), NOW, Hurry.SOON)
         for lease in cache.waves(keys(e), NOW):
             assert values(lease) == expected
         assert set(cache.views) | set(cache.tickets) == set(cache.table.residents())

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from moestro.core.experts import ExpertKey
 from moestro.engine.engine import Engine
 from moestro.engine.replay import NONE, policies, replay
 from moestro.engine.sample import SamplingParams
@@ -128,8 +129,6 @@ def test_any_policy_gives_the_same_bits_and_replay_agrees(family, scope, evictio
 
 
 def test_pinned_experts_stay_and_replay_agrees(tiny, engine, opened):
-    from moestro.core.experts import ExpertKey
-
     folder, _ = tiny("qwen3_moe")
     pinned = (ExpertKey(0, 3), ExpertKey(1, 5))
     _, layout = opened(folder)
@@ -140,6 +139,27 @@ def test_pinned_experts_stay_and_replay_agrees(tiny, engine, opened):
     assert made.generate(TOKENS, params).run()[0].tokens == expected
     said = replay(made.trace(), slots, "layer", pinned=pinned)
     assert (said.prefill, said.decode) == (made.cache.table.counts(prefill=True), made.cache.table.counts(prefill=False))
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_when_everything_fits_it_is_read_unasked_and_counts_stay_those_of_replay(scope, tiny, engine, opened):
+    folder, _ = tiny("qwen3_moe")
+    _, layout = opened(folder)
+    experts = [la.num_experts for la in layout.facts.layers]
+    slots = (sum(experts),) if scope == "global" else tuple(experts)
+    made = engine(folder, "full", trace=True, scope=scope, slots=slots)
+    assert len(made.cache._early) == sum(experts) - len(slots)
+    for ticket in made.cache._early.values():
+        made.reader.wait(ticket)
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    expected = engine(folder, "minimal").generate(TOKENS, params).run()[0].tokens
+    assert made.generate(TOKENS, params).run()[0].tokens == expected
+    table = made.cache.table
+    said = replay(made.trace(), slots, scope)
+    assert (said.prefill, said.decode) == (table.counts(prefill=True), table.counts(prefill=False))
+    every = [ExpertKey(la, e) for la, count in enumerate(experts) for e in range(count)]
+    most = sum(read.nbytes for key in every for read in made.store.reads(key, made.cache.slot(0)))
+    assert most / 2 < made.reader.bytes_read <= most, "nothing is read twice"
 
 
 def test_bytes_read_are_the_missed_experts(tiny, engine):

@@ -18,7 +18,7 @@ from moestro.engine.residency import decide, expert_sizes
 from moestro.engine.sample import SamplingParams
 from moestro.engine.store import PAGE, PackedStore
 from moestro.engine.table import Moment
-from moestro.engine.widths import Widths, WidthTable, split_by_use, split_evenly, table_of
+from moestro.engine.widths import Widths, WidthTable, split_by_use, split_evenly, staying, table_of
 from tests.engine.test_residency import RATES, SIZES, facts, fixed
 from tests.engine.traces import sticky, zipf
 
@@ -31,6 +31,18 @@ def halves(layers: int, experts: int, few: int = MIB, many: int = 3 * MIB) -> Wi
     """Every other expert is wide."""
     rows = [[(la + e) % 2 for e in range(experts)] for la in range(layers)]
     return Widths.of(rows, [[many if w else few for w in row] for row in rows])
+
+
+def test_all_but_one_of_a_pool_with_a_slot_for_each_stay():
+    model, widths = facts(2, 4), halves(2, 4)
+    every = [ExpertKey(la, e) for la in range(2) for e in range(4)]
+    assert staying((7,), "global", model, ()) == []
+    assert staying((8,), "global", model, ()) == every[:-1]
+    assert staying((9,), "global", model, every[6:]) == every[:5], "pinned ones need no second place"
+    assert staying((3, 4), "layer", model, ()) == every[4:7]
+    assert staying((4, 3), "width", model, (), widths) == [every[0], every[2], every[5]]
+    for slots, scope in (((8,), "global"), ((4, 4), "layer"), ((4, 4), "width")):
+        table_of(slots, scope, Lru, layers=2, pinned=staying(slots, scope, model, (), widths), widths=widths)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

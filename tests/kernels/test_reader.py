@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moestro.kernels import native
-from moestro.kernels.reader import BLOCK, Populated, Read, Reader, aligned, probe
+from moestro.kernels.reader import BLOCK, Hurry, Populated, Read, Reader, aligned, probe
 
 SIZE = 9 * (1 << 20) + 12345  # more than two pieces, not a multiple of a block
 COMMON = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -76,7 +76,7 @@ def test_any_ranges(level, content, data):
                 buffer = aligned(nbytes + shift + 9)
                 buffer[:] = 255
                 reads.append(Read(files[draw(st.integers(0, 1))], offset, nbytes, buffer[shift:]))
-            jobs.append((reader.submit(reads, urgent=draw(st.booleans())), reads))
+            jobs.append((reader.submit(reads, draw(st.sampled_from(Hurry))), reads))
         for ticket, reads in reversed(jobs):
             if draw(st.booleans()):
                 reader.promote(ticket)
@@ -130,8 +130,8 @@ def test_urgent_reads_overtake_prefetches(level, content):
     whole = aligned(blocks(SIZE))
     with Reader(1) as reader:
         file = reader.add(path)
-        later = [reader.submit([Read(file, 0, blocks(SIZE), whole)], urgent=False) for _ in range(40)]
-        promoted = reader.submit([Read(file, 0, BLOCK, aligned(BLOCK))], urgent=False)
+        later = [reader.submit([Read(file, 0, blocks(SIZE), whole)], Hurry.SOON) for _ in range(40)]
+        promoted = reader.submit([Read(file, 0, BLOCK, aligned(BLOCK))], Hurry.SOON)
         urgent = reader.submit([Read(file, 0, BLOCK, aligned(BLOCK))])
         reader.promote(promoted)
         reader.wait(urgent)
@@ -141,12 +141,28 @@ def test_urgent_reads_overtake_prefetches(level, content):
             reader.wait(ticket)
 
 
+def test_what_has_no_hurry_waits_for_everything_else(level, content):
+    path, _ = content
+    whole = aligned(blocks(SIZE))
+    with Reader(1) as reader:
+        file = reader.add(path)
+        idle = [reader.submit([Read(file, 0, blocks(SIZE), whole)], Hurry.IDLE) for _ in range(40)]
+        soon = reader.submit([Read(file, 0, BLOCK, aligned(BLOCK))], Hurry.SOON)
+        reader.wait(soon)
+        reader.promote(idle[-1], Hurry.SOON)
+        reader.wait(idle[-1])
+        assert not reader.done(idle[-2]), "39 reads of 9 MB cannot end before one of them that overtook the others"
+        for ticket in idle:
+            reader.cancel(ticket)
+            reader.wait(ticket)
+
+
 def test_a_cancelled_read_ends_without_being_read(level, content):
     path, _ = content
     whole = aligned(blocks(SIZE))
     with Reader(1) as reader:
         file = reader.add(path)
-        later = [reader.submit([Read(file, 0, blocks(SIZE), whole)], urgent=False) for _ in range(40)]
+        later = [reader.submit([Read(file, 0, blocks(SIZE), whole)], Hurry.SOON) for _ in range(40)]
         for ticket in later[1:]:
             reader.cancel(ticket)
         for ticket in later:
@@ -162,7 +178,7 @@ def test_close_with_reads_in_flight(level, content):
     buffer = aligned(blocks(SIZE))
     reader = Reader(2)
     file = reader.add(path)
-    tickets = [reader.submit([Read(file, 0, blocks(SIZE), buffer)], urgent=False) for _ in range(50)]
+    tickets = [reader.submit([Read(file, 0, blocks(SIZE), buffer)], Hurry.SOON) for _ in range(50)]
     outcome = []
 
     def wait() -> None:
@@ -191,7 +207,7 @@ def test_buffers_and_readers_may_be_dropped_in_flight(level, content):
         reader = Reader(2)
         file = reader.add(path)
         for _ in range(5):
-            reader.submit([Read(file, 0, 1 << 20, aligned(1 << 20))], urgent=False)
+            reader.submit([Read(file, 0, 1 << 20, aligned(1 << 20))], Hurry.SOON)
         gc.collect()
         del reader
 
@@ -201,7 +217,7 @@ def test_finished_buffers_are_let_go(level, content):
     with Reader() as reader:
         file = reader.add(path)
         for _ in range(20):
-            last = reader.submit([Read(file, 0, BLOCK, aligned(BLOCK))], urgent=False)
+            last = reader.submit([Read(file, 0, BLOCK, aligned(BLOCK))], Hurry.SOON)
         while not reader.done(last):
             time.sleep(0.001)
         reader.wait(reader.submit([]))

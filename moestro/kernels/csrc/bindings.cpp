@@ -108,12 +108,12 @@ NB_MODULE(_native, m) {
              })
         .def("reserve", &Queue::reserve)
         .def("submit",
-             [](Queue& self, int64_t ticket, const std::vector<Request>& reads, bool urgent) {
+             [](Queue& self, int64_t ticket, const std::vector<Request>& reads, int hurry) {
                  std::vector<ReadRequest> requests;
                  requests.reserve(reads.size());
                  for (auto& [file, offset, bytes, into] : reads) requests.push_back({file, offset, bytes, at<char>(into)});
                  Unlocked unlocked;
-                 self.submit(ticket, requests, urgent);
+                 self.submit(ticket, requests, hurry);
              })
         .def("reap", &Queue::reap)
         .def("wait",

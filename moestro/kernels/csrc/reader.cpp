@@ -65,9 +65,9 @@ int64_t Queue::reserve() {
     return ++next_;
 }
 
-void Queue::submit(int64_t ticket, const std::vector<ReadRequest>& reads, bool urgent) {
+void Queue::submit(int64_t ticket, const std::vector<ReadRequest>& reads, int hurry) {
     std::vector<Piece> pieces;
-    const int64_t size = urgent ? piece_ : later_piece_;
+    const int64_t size = hurry == 0 ? piece_ : later_piece_;
     for (const auto& r : reads)
         for (int64_t at = 0; at < r.bytes; at += size)
             pieces.push_back({ticket, r.file, r.offset + at, std::min(size, r.bytes - at), r.into + at});
@@ -79,7 +79,7 @@ void Queue::submit(int64_t ticket, const std::vector<ReadRequest>& reads, bool u
             return;
         }
         tickets_[ticket].left = static_cast<int64_t>(pieces.size());
-        auto& queue = urgent ? urgent_ : later_;
+        auto& queue = queues_.at(static_cast<size_t>(hurry));
         queue.insert(queue.end(), pieces.begin(), pieces.end());
     }
     if (pieces.size() == 1)
@@ -115,19 +115,23 @@ bool Queue::done(int64_t ticket) {
     return found == tickets_.end() || found->second.left == 0;
 }
 
-void Queue::promote(int64_t ticket) {
+void Queue::promote(int64_t ticket, int hurry) {
     std::lock_guard<std::mutex> lock(mutex_);
-    auto rest = std::stable_partition(later_.begin(), later_.end(), [&](const Piece& p) { return p.ticket != ticket; });
-    urgent_.insert(urgent_.end(), rest, later_.end());
-    later_.erase(rest, later_.end());
+    auto& to = queues_.at(static_cast<size_t>(hurry));
+    for (auto from = static_cast<size_t>(hurry) + 1; from < queues_.size(); ++from) {
+        auto& queue = queues_[from];
+        const auto rest = std::stable_partition(queue.begin(), queue.end(), [&](const Piece& p) { return p.ticket != ticket; });
+        to.insert(to.end(), rest, queue.end());
+        queue.erase(rest, queue.end());
+    }
 }
 
 void Queue::cancel(int64_t ticket) {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (auto* queue : {&urgent_, &later_}) {
-        const auto rest = std::remove_if(queue->begin(), queue->end(), [&](const Piece& p) { return p.ticket == ticket; });
-        const auto gone = queue->end() - rest;
-        queue->erase(rest, queue->end());
+    for (auto& queue : queues_) {
+        const auto rest = std::remove_if(queue.begin(), queue.end(), [&](const Piece& p) { return p.ticket == ticket; });
+        const auto gone = queue.end() - rest;
+        queue.erase(rest, queue.end());
         for (auto i = gone; i > 0; --i) end(ticket, 0, {});
     }
 }
@@ -137,9 +141,9 @@ void Queue::close() {
     {
         std::lock_guard<std::mutex> lock(mutex_);
         closed_ = true;
-        for (auto* queue : {&urgent_, &later_}) {
-            for (const auto& piece : *queue) end(piece.ticket, CLOSED, "the reader was closed before this read began");
-            queue->clear();
+        for (auto& queue : queues_) {
+            for (const auto& piece : queue) end(piece.ticket, CLOSED, "the reader was closed before this read began");
+            queue.clear();
         }
     }
     work_.notify_all();
@@ -166,11 +170,11 @@ double Queue::seconds_busy() {
 void Queue::run() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-        work_.wait(lock, [this] { return closed_ || !urgent_.empty() || !later_.empty(); });
-        if (urgent_.empty() && later_.empty()) return;
-        auto& queue = urgent_.empty() ? later_ : urgent_;
-        const Piece piece = queue.front();
-        queue.pop_front();
+        std::deque<Piece>* queue = nullptr;
+        work_.wait(lock, [&] { return (queue = first()) != nullptr || closed_; });
+        if (queue == nullptr) return;
+        const Piece piece = queue->front();
+        queue->pop_front();
         const File& file = files_[piece.file];
         if (flying_++ == 0) since_ = std::chrono::steady_clock::now();
         lock.unlock();
@@ -180,6 +184,12 @@ void Queue::run() {
         bytes_read_ += outcome.got;
         end(piece.ticket, outcome.code, outcome.message);
     }
+}
+
+std::deque<Queue::Piece>* Queue::first() {
+    for (auto& queue : queues_)
+        if (!queue.empty()) return &queue;
+    return nullptr;
 }
 
 void Queue::end(int64_t ticket, int code, const std::string& message) {

@@ -1,5 +1,6 @@
-// Background reads: two queues, urgent first, and a few threads.
+// Background reads: a queue for each degree of hurry, and a few threads.
 #pragma once
+#include <array>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -21,6 +22,7 @@ struct ReadRequest {
 class Queue {
 public:
     static constexpr int END = -1, CLOSED = -2;  // codes besides 0 and errno values
+    static constexpr int HURRIES = 3;            // 0 goes before 1, 1 before 2
 
     Queue(int threads, bool direct, int64_t piece, int64_t later_piece);
     ~Queue();
@@ -30,12 +32,12 @@ public:
     // (index, size). std::system_error when it cannot be opened, std::invalid_argument once closed.
     std::pair<int64_t, int64_t> add(const std::string& path);
     int64_t reserve();
-    void submit(int64_t ticket, const std::vector<ReadRequest>& reads, bool urgent);
+    void submit(int64_t ticket, const std::vector<ReadRequest>& reads, int hurry);
     std::vector<int64_t> reap();  // tickets that ended since the last call
     // Waits for at most `slice`; false when the ticket has not ended by then.
     bool wait(int64_t ticket, std::chrono::milliseconds slice, int& code, std::string& message);
     bool done(int64_t ticket);
-    void promote(int64_t ticket);
+    void promote(int64_t ticket, int hurry);  // what has less hurry gets so much
     void cancel(int64_t ticket);  // what has not begun is not read, and counts as ended
     void close();
     int64_t bytes_read();
@@ -64,6 +66,7 @@ private:
 
     void run();
     void end(int64_t ticket, int code, const std::string& message);
+    std::deque<Piece>* first();  // that is not empty; null if all are
     static Outcome read(const File& file, const Piece& piece);
 
     const bool direct_;
@@ -71,7 +74,7 @@ private:
     std::mutex mutex_, closing_;
     std::condition_variable work_, finished_;
     std::deque<File> files_;  // references stay valid while it grows
-    std::deque<Piece> urgent_, later_;
+    std::array<std::deque<Piece>, HURRIES> queues_;
     std::map<int64_t, Ticket> tickets_;  // unfinished or failed ones only
     std::vector<int64_t> ended_;
     std::vector<std::thread> threads_;
