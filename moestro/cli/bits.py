@@ -64,6 +64,12 @@ def bits(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the plan here.", show_default=False)
     ] = None,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN", help="Tensors the model does not load that may be lost; may be repeated.", show_default=False
+        ),
+    ] = None,
     allow_plain: Annotated[
         bool, typer.Option("--allow-plain", help="Matrices that stay as they are stored are no failure.")
     ] = False,
@@ -75,18 +81,32 @@ def bits(
     """Decide in how many bits weights are kept. Changes nothing yet."""
     from moestro.cli.compress import read_compression, read_profile
     from moestro.compress.bits import BitsWish, plan_bits
+    from moestro.compress.trunk import told, trunk_matrices
     from moestro.models.checkpoint import Checkpoint
     from moestro.models.families import describe
 
     name, options = method_choice(method)
     chooser, chooser_options = method_choice(budget)
     rescaling, rounding = method_choice(smooth), method_choice(router)
-    wish = BitsWish(name, tuple(codec.split(",")), options, bits, chooser, chooser_options, trunk, ends, *rescaling, *rounding)
+    wish = BitsWish(
+        name,
+        tuple(codec.split(",")),
+        options,
+        bits,
+        chooser,
+        chooser_options,
+        trunk,
+        ends,
+        *rescaling,
+        *rounding,
+        tuple(drop or ()),
+    )
     checkpoint = Checkpoint.open(with_revision(model, revision))
+    layout = describe(checkpoint)
     with progress("planning", "layers", quiet or as_json) as report:
         found = plan_bits(
             checkpoint,
-            describe(checkpoint),
+            layout,
             wish,
             profile=read_profile(profile),
             profile_path=str(profile or ""),
@@ -104,5 +124,5 @@ def bits(
     if found.unseen and not allow_unseen:
         say(f"{len(found.unseen)} experts were never seen; profile more text, or allow it: --allow-unseen")
     if found.plain and not allow_plain:
-        say(f"{len(found.plain)} matrices stay as they are stored; give --trunk and --ends a codec, or allow it: --allow-plain")
+        say(told(found.plain, trunk_matrices(checkpoint, layout), "--trunk and --ends a codec"))
     return 1 if (found.unseen and not allow_unseen) or (found.plain and not allow_plain) else 0

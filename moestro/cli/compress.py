@@ -95,7 +95,7 @@ def plan(
 ) -> int:
     """Decide what to remove, merge, narrow or encode, from a profile. Changes nothing yet."""
     from moestro.compress.planner import Wish, plan_compression, unseen_experts
-    from moestro.compress.trunk import trunk_matrices
+    from moestro.compress.trunk import plain_matrices, told, trunk_matrices
     from moestro.core.plans.compression import STORED
     from moestro.models.checkpoint import Checkpoint
     from moestro.models.families import describe
@@ -130,9 +130,10 @@ def plan(
     unseen = 0 if seen is None or allow_unseen else unseen_experts(seen)
     if unseen:
         say(f"{unseen} experts were never seen; profile more text, or allow it: --allow-unseen")
-    plain = 0 if allow_plain or codec == STORED or made.tensors else sum(map(len, trunk_matrices(checkpoint, layout)[:2]))
+    found = trunk_matrices(checkpoint, layout)
+    plain = () if allow_plain or codec == STORED else plain_matrices(found, made)
     if plain:
-        say(f"{plain} matrices stay as they are stored; give --trunk-codec, or allow it: --allow-plain")
+        say(told(plain, found, "--trunk-codec"))
     return 1 if unseen or plain else 0
 
 

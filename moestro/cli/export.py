@@ -28,7 +28,15 @@ def export(
     allow_plain: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="Ends of the names of weights that may stay plain; may be repeated.", show_default=False
+            metavar="NAME",
+            help="Patterns, or ends of the names, of weights that may stay plain; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN", help="Tensors the model does not load that may be lost; may be repeated.", show_default=False
         ),
     ] = None,
     pre: Annotated[
@@ -48,13 +56,13 @@ def export(
             bad_argument("--allow-plain is for compressed-tensors", "none: a GGUF file holds plain weights as they are")
         from moestro.compress.export.gguf import gguf
 
-        nbytes = gguf(checkpoint, output, pre=pre).stat().st_size
+        nbytes = gguf(checkpoint, output, pre=pre, dropped=tuple(drop or ())).stat().st_size
     elif to == "compressed-tensors":
         if pre:
             bad_argument("--pre is for gguf", "none")
         from moestro.compress.export.compressed_tensors import compressed_tensors
 
-        nbytes = compressed_tensors(checkpoint, output, allow_plain=tuple(allow_plain or ())).nbytes
+        nbytes = compressed_tensors(checkpoint, output, allow_plain=tuple(allow_plain or ()), dropped=tuple(drop or ())).nbytes
     else:
         bad_argument(f"{to!r} is no form that is written", "compressed-tensors or gguf")
     if as_json:

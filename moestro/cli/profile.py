@@ -143,8 +143,9 @@ def profile(
     if as_json:
         emit(facts_of(made) | {"output": str(output), "coverage": covered.to_json()})
     elif not quiet:
-        say(*covered.told())
         print(f"{output}: {made.tokens} tokens, {len(made.arrays)} statistics")
+    if (not quiet and not as_json) or (covered.unseen and not allow_unseen):
+        say(*covered.told())
     return 1 if covered.unseen and not allow_unseen else 0
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from typing import Any
 
 import numpy as np
 
 from moestro.compress.calibration import RARE, Calibration
+from moestro.compress.dropping import lost_tensors
 from moestro.compress.evidence import Progress, expert_size, measure
 from moestro.compress.smooth.smoothing import touched
-from moestro.compress.trunk import TrunkMatrices, trunk_matrices
+from moestro.compress.trunk import TrunkMatrices, plain_matrices, trunk_matrices
 from moestro.core.errors import InputError
 from moestro.core.experts import ExpertKey, ExpertSpec
 from moestro.core.method import Card, card_of, load
@@ -63,7 +65,8 @@ def encode_trunk(
 
     What is left as it is stored is stated by name or, where it is many, by their number.
     """
-    encodings, tensors, left = list(plan.encodings), dict(plan.tensors), list(trunk.left)
+    encodings, tensors = list(plan.encodings), dict(plan.tensors)
+    left = [*trunk.left, *(n for n in trunk.unloaded if not any(fnmatch(n, pattern) for pattern in plan.dropped)), *trunk.kept]
     for names, wanted in ((trunk.inner, inner), (trunk.outer, outer)):
         if wanted is None:
             left += names
@@ -99,6 +102,7 @@ class BitsWish:
     bits: average bits of an expert's weight, scales included, where there are several; budget: what chooses, with options.
     trunk, ends: codecs of the trunk's inner matrices and of embedding and head, rounded to nearest; 'stored' leaves them.
     smooth, router: methods of kind 'smooth' and 'encode_router' that come first, with options; '' for none.
+    dropped: patterns of tensors that the model does not load and that are left out.
     """
 
     method: str
@@ -113,6 +117,7 @@ class BitsWish:
     smooth_options: Mapping[str, Any] = field(default_factory=dict)
     router: str = ""
     router_options: Mapping[str, Any] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +164,9 @@ def plan_bits(
         options=asked if base is None else {**base.options, card.name: asked},
         inputs={**plan.inputs, **({"profile": profile.data} if profile is not None else {})},
         profile=profile_path or plan.profile,
+        dropped=tuple(dict.fromkeys((*plan.dropped, *wish.dropped))),
     )
+    lost_tensors(plan.dropped, layout)
     if (wish.bits is None) != (len(codecs) == 1):
         raise InputError(
             "the average bits are " + ("not said" if wish.bits is None else "said, and there is one codec"),
@@ -180,13 +187,12 @@ def plan_bits(
     found = trunk_matrices(checkpoint, layout)
     inner, outer = (None if codec == STORED else ("compress.encode.rtn", codec) for codec in (wish.trunk, wish.ends))
     plan = encode_trunk(plan, found, inner=inner, outer=outer)
-    plain = (*(found.inner if inner is None else ()), *(found.outer if outer is None else ()))
     rare = given.rare() if given is not None and "inputs" in card.needs else {}
     if rare:
         some = ", ".join(f"layer {k.layer} expert {k.expert} ({n})" for k, n in list(rare.items())[:8])
         text = f"{len(rare)} experts saw fewer than {RARE} of the kept tokens and are fitted to their layer's inputs for the most part: {some}"
         plan = replace(plan, stated=(*plan.stated, text + (", ..." if len(rare) > 8 else "")))
-    return BitsPlan(plan, plain, tuple(key for key, n in rare.items() if n == 0))
+    return BitsPlan(plan, plain_matrices(found, plan), tuple(key for key, n in rare.items() if n == 0))
 
 
 def _known(name: str, kind: str, options: Mapping[str, Any]) -> Card:

@@ -8,34 +8,32 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moestro.compress.dropping import layer_of, lost_tensors, predicts
 from moestro.compress.encoding import Encoder, plain
 from moestro.compress.record import write_record
 from moestro.compress.slots import build, mixed_rows
 from moestro.compress.smooth.smoothing import touched
-from moestro.core.errors import CoverageError, InputError, PlanError, StorageError
+from moestro.core.errors import InputError, PlanError
 from moestro.core.experts import ExpertKey, ExpertWeights
 from moestro.core.plans.compression import CompressionPlan, LayerChange, Slot
 from moestro.models.bulk import BulkReader
 from moestro.models.checkpoint import Checkpoint, TensorRef
 from moestro.models.experts import read_expert
-from moestro.models.families.resize import expert_axis, resized, router_tensors
+from moestro.models.families.resize import expert_axis, resized, router_tensors, without_predictions
 from moestro.models.layout import Layout, Part
 from moestro.models.parts import FLOATS, floats, stored, to_part
 from moestro.models.taps import read_taps
-from moestro.models.writer import CheckpointWriter
+from moestro.models.writer import CheckpointWriter, check_room
 
 Progress = Callable[[int, int], None]  # (layers done, layers)
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _EXPERT = re.compile(r"((?:^|\.)experts\.)(\d+)(\.)")
 _SMALLEST_SHARD = 64 << 20
 
@@ -76,7 +74,7 @@ def compress(
     config = job.configured(config)
     routers = {name: la for la in plan.layers for name in router_tensors(checkpoint, layout, la.ordinal)}
     by_index = {layout.facts.layers[la.ordinal].index: la for la in plan.layers}
-    _room(out, layout.facts.trunk_bytes + len(plan.layers) * job.layer_bytes)
+    check_room(out, layout.facts.trunk_bytes + len(plan.layers) * job.layer_bytes)
     key = hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()
     resume_key = f"{checkpoint.fingerprint} {key} {type(job).__name__}"
     with (
@@ -85,7 +83,7 @@ def compress(
     ):
         waiting, done = dict(by_index), 0
         for name in sorted((n for n in checkpoint.tensors if not job.is_expert(n) and n not in lost), key=_place):
-            if (index := _layer(name)) in waiting:
+            if (index := layer_of(name)) in waiting:
                 job.write_layer(waiting.pop(index), writer)
                 done += 1
                 if progress:
@@ -128,17 +126,9 @@ def prepare(plan: CompressionPlan, checkpoint: Checkpoint, layout: Layout) -> tu
                 expected="experts as F32, F16 or BF16",
                 fix="use a revision of the model in bfloat16",
             )
-    # What the model does not load may depend on the number of experts, as multi-token-prediction layers do.
-    extra = [n for n in layout.ignored if _layer(n) >= facts.decoder_layers or "mtp" in n]
-    lost = {name for name in layout.ignored if any(fnmatch(name, pattern) for pattern in plan.dropped)}
     reshaped = plan.experts != facts.layers[0].num_experts or plan.width(facts) != facts.layers[0].spec.d_expert
-    if left := [name for name in extra if reshaped and name not in lost]:
-        raise CoverageError(
-            f"{len(left)} tensors that the model does not load have experts of their own and would not fit, such as {left[0]}",
-            expected="the decoder's layers only",
-            fix=f"allow their loss with --drop '{_pattern(left[0])}'",
-        )
-    return config, lost
+    lost = lost_tensors(plan.dropped, layout, reshaped=reshaped)
+    return without_predictions(config) if any(predicts(name, facts) for name in lost) else config, lost
 
 
 class Job:
@@ -296,30 +286,7 @@ def _read(checkpoint: Checkpoint, layout: Layout, ordinal: int, expert: int) -> 
     return read_expert(checkpoint, layout, ExpertKey(ordinal, expert))
 
 
-def _layer(name: str) -> int:
-    """The decoder layer a tensor belongs to, or -1."""
-    found = _LAYER.search(name)
-    return int(found[1]) if found else -1
-
-
 def _place(name: str) -> tuple[int, int, str]:
     """Order in the file: embeddings, then layer by layer, then what follows them."""
-    index = _layer(name)
+    index = layer_of(name)
     return (1, index, name) if index >= 0 else (0 if "embed" in name else 2, 0, name)
-
-
-def _pattern(name: str) -> str:
-    found = _LAYER.search(name)
-    return f"{name[: found.end()]}*" if found else name
-
-
-def _room(out: Path, needed: int) -> None:
-    """Raises StorageError when the disk is too full to hold the result."""
-    there = next((p for p in (out.absolute(), *out.absolute().parents) if p.exists()), Path("/"))
-    already = sum(f.stat().st_size for f in out.with_name(out.name + ".partial").glob("shard-*"))
-    if (free := shutil.disk_usage(there).free + already) < needed:
-        raise StorageError(
-            f"{there} has {free / 1e6:.1f} MB free",
-            expected=f"about {needed / 1e6:.1f} MB",
-            fix="make room, or choose another disk",
-        )

@@ -16,6 +16,7 @@ import numpy as np
 
 from moestro.compress.bits import encode_experts, encode_trunk, expert_bytes
 from moestro.compress.choosing import choose, least
+from moestro.compress.dropping import lost_tensors
 from moestro.compress.guard import guarded
 from moestro.compress.merging import Merging, merged_layer
 from moestro.compress.sampling import LayerSample
@@ -115,6 +116,7 @@ def plan_compression(
         stated=base.stated if base else (),
         profile=profile_path or (base.profile if base else ""),
     )
+    lost_tensors(plan.dropped, layout)
     if card.kind == "skip":
         _removes_nothing(card.name, wish)
         plan = with_taps(fn, plan, stats, facts.layers, dict(wish.options))
@@ -186,6 +188,7 @@ def _reshaping(
     if any(slot.encodings for la in plan.layers for slot in la.slots):
         raise PlanError("the plan to start from encodes its experts already", fix="remove and merge first, encode last")
     if kind == "neurons":
+        lost_tensors(plan.dropped, layout, reshaped=any(wish.kept(f.spec.d_expert) < f.spec.d_expert for f in facts))
         made = [
             slimmed(fn, s, la, checkpoint, layout, wish.kept(f.spec.d_expert), options)
             for s, la, f in zip(stats, plan.layers, facts, strict=True)
@@ -201,6 +204,8 @@ def _reshaping(
     stats = [replace(s, experts=e) for s, e in zip(stats, ids, strict=True)]
     groups = max(f.router.groups for f in facts)
     keep = wish.kept(min(map(len, ids)), groups)
+    repoint = kind == "group" and wish.router == "repoint"
+    lost_tensors(plan.dropped, layout, reshaped=keep < facts[0].num_experts and not repoint)
     if kind == "search":
         made = []
         for i, f in enumerate(facts):
@@ -222,7 +227,6 @@ def _reshaping(
             made.append(LayerChange(f.ordinal, tuple(Slot((mine[e],)) for e in kept), loss=loss))
         return replace(plan, layers=tuple(made), loss_unit="share of the scores removed")
     usage = [s.counts() for s in stats]
-    repoint = wish.router == "repoint"
     counts = load(wish.budget, "budget")(usage, keep * len(usage), [1] * len(usage) if repoint else few)
     how = Merging(fn, options, load(wish.fuse, "fuse"), wish.align, wish.router)
     made = []

@@ -266,6 +266,19 @@ class CheckpointWriter:
             raise
 
 
+def check_room(target: str | Path, nbytes: int) -> None:
+    """Raises StorageError when the disk of `target` is too full for so many bytes, complete shards of an interrupted run among them."""
+    target = Path(target)
+    there = next((p for p in (target.absolute(), *target.absolute().parents) if p.exists()), Path("/"))
+    already = sum(f.stat().st_size for f in target.with_name(target.name + ".partial").glob("shard-*"))
+    if (free := shutil.disk_usage(there).free + already) < nbytes:
+        raise StorageError(
+            f"{there} has {free / 1e6:.1f} MB free",
+            expected=f"about {nbytes / 1e6:.1f} MB",
+            fix="make room, or choose another disk",
+        )
+
+
 class Made(NamedTuple):
     """A tensor made when it is its turn to be written, so that only one is held at a time."""
 

@@ -160,6 +160,8 @@ def test_unseen_experts_are_told(moestro, work, tmp_path):  # noqa: F811
     (tmp_path / "short.txt").write_text("aaaa")
     profile = ["profile", work / "model", tmp_path / "short.txt", "-o", tmp_path / "short", "-q", "--allow-unseen"]
     assert moestro(*profile).code == 0
+    silent = moestro(*profile[:-1])
+    assert silent.code == 1 and "experts never chosen" in silent.err, "an exit code of 1 is explained, even to the quiet"
     arguments = [
         "plan",
         "frequency",

@@ -184,7 +184,7 @@ def test_bad_targets(saved, tmp_path, monkeypatch):
         compress(plan, one.checkpoint, one.layout, one.folder)
     with pytest.raises(PlanError, match="was made for"):
         compress(plan, saved("olmoe").checkpoint, saved("olmoe").layout, tmp_path / "out")
-    monkeypatch.setattr(executor.shutil, "disk_usage", lambda path: type("", (), {"free": 1000})())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("", (), {"free": 1000})())
     with pytest.raises(StorageError, match="MB free"):
         compress(plan, one.checkpoint, one.layout, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

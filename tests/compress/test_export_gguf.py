@@ -59,6 +59,8 @@ def test_blocks_are_ggmls(codec):
 @pytest.mark.parametrize(("family", "codec"), [("olmoe", "int4:32"), ("mixtral", "int8:32"), ("qwen3_moe", "mxfp4")])
 def test_a_file_holds_the_whole_model(family, codec, coded, tmp_path):
     source = coded(family, codec)
+    generation = {"do_sample": True, "temperature": 0.6, "top_k": 20, "eos_token_id": [3, 2]}
+    (source.path / "generation_config.json").write_text(json.dumps(generation))
     reader = GGUFReader(gguf(source, tmp_path / "m.gguf", pre="gpt-2"))
     tensors = {t.name: t for t in reader.tensors}
     base = "model.layers.1." + ("block_sparse_moe" if family == "mixtral" else "mlp")
@@ -79,6 +81,10 @@ def test_a_file_holds_the_whole_model(family, codec, coded, tmp_path):
     )
     experts = sum(".experts." in name for name in source.tensors)
     assert len(tensors) == len(source.tensors) - experts + 3 * 3
+    said = {name.partition(".")[2]: field.contents() for name, field in reader.fields.items() if not name.endswith("tokens")}
+    assert "assistant" in said["chat_template"], "the template of tokenizer_config.json"
+    assert (said["ggml.eos_token_id"], said["ggml.eot_token_id"], said["ggml.add_bos_token"]) == (2, 3, False)
+    assert said["sampling.temp"] == pytest.approx(0.6) and said["sampling.top_k"] == 20 and "sampling.top_p" not in said
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     assert len(tokens) == source.config["vocab_size"]
     vocabulary = json.loads((source.path / "tokenizer.json").read_text())["model"]["vocab"]

@@ -78,11 +78,18 @@ def test_difference(plan):
         ((LayerChange(0, (Slot((0,)), Slot((1,), neurons=(0, 4)))), replace(kept(0, 1), ordinal=1)), "not there"),
         ((LayerChange(0, (Slot((0,)), Slot((1,), encodings=(0,)))), replace(kept(0, 1), ordinal=1)), "the plan has 0"),
         ((LayerChange(0, kept(0, 1).slots, (Row(0, (0,)), Row(0, (1,)))), replace(kept(0, 1), ordinal=1)), "leads to slot 1"),
+        ((kept(0, 5, 0), replace(kept(0, 1, 2), ordinal=1)), "slots 0 and 2 would both keep the router's row of expert 0"),
     ],
 )
 def test_refused(layers, said):
     with pytest.raises(PlanError, match=said):
         CompressionPlan(subjects=(Subject("m", "a" * 64),), method="m", layers=layers).check(facts_of())
+
+
+def test_an_expert_may_be_in_two_slots_where_the_rows_say_what_leads_to_them():
+    rows = (Row(0, (0,)), Row(1, (5,)), Row(2, (3,)))
+    layers = (replace(kept(0, 5, 0), rows=rows), replace(kept(0, 1, 2), ordinal=1))
+    CompressionPlan(subjects=(Subject("m", "a" * 64),), method="m", layers=layers).check(facts_of())
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,13 @@ Checked    the library reads every tensor back as the number that the tiles stan
 from __future__ import annotations
 
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moestro.compress.dropping import lost_tensors, pattern_of, predicts
 from moestro.core.errors import CoverageError, InputError
 from moestro.core.method import method
 from moestro.kernels.ffn import MXFP4_VALUES
@@ -26,7 +28,9 @@ from moestro.kernels.packed import BLOCK, Packed, whole_numbers
 from moestro.models.checkpoint import Checkpoint
 from moestro.models.codecs.coded import is_coded, read_coded
 from moestro.models.codecs.encode import parse_codec
-from moestro.models.writer import CheckpointWriter
+from moestro.models.families import describe
+from moestro.models.families.resize import without_predictions
+from moestro.models.writer import CheckpointWriter, check_room
 
 BITS = {"int8": 8, "int4": 4}
 FORMATS = {"int8": "pack-quantized", "int4": "pack-quantized", "mxfp4": "mxfp4-pack-quantized"}
@@ -34,35 +38,50 @@ FORMATS = {"int8": "pack-quantized", "int4": "pack-quantized", "mxfp4": "mxfp4-p
 
 @method("compress.export.compressed_tensors", kind="export", fidelity="exact")
 def compressed_tensors(
-    checkpoint: Checkpoint, out: str | Path, *, overwrite: bool = False, allow_plain: Iterable[str] = ()
+    checkpoint: Checkpoint,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    allow_plain: Iterable[str] = (),
+    dropped: Iterable[str] = (),
 ) -> Checkpoint:
-    """Write the folder `out` and open it. allow_plain: ends of the names of weights that may stay plain, such as 'lm_head.weight'.
+    """Write the folder `out` and open it. allow_plain: patterns, or ends of the names, of weights that may stay plain, such as 'lm_head.weight'.
+
+    dropped: patterns of tensors that the model does not load and that are left out.
 
     Routers, norms and embeddings are always plain in this format. Raises InputError for codecs without a form here,
     CoverageError for other matrices that are plain and not named, StorageError.
     """
     coded = {name: ref.dtype for name, ref in checkpoint.tensors.items() if is_coded(ref.dtype)}
     _refuse(checkpoint, coded)
-    allowed = tuple(allow_plain)
+    allowed, layout = tuple(allow_plain), describe(checkpoint)
+    lost = lost_tensors(dropped, layout)
+    tensors = {name: ref for name, ref in checkpoint.tensors.items() if name not in lost}
     plain = [
         name
-        for name, ref in checkpoint.tensors.items()
+        for name, ref in tensors.items()
         if name not in coded and len(ref.shape) == 2 and not _embedding(name) and not _chooses(name)
     ]
-    if left := [name for name in plain if not name.endswith(allowed or ("\0",))]:
+    if left := [n for n in plain if not any(n.endswith(given) or fnmatch(n, given) for given in allowed)]:
+        whole = pattern_of(left[0])
         raise CoverageError(
             f"{len(left)} matrices are not quantised, such as {left[0]}",
             expected="all of them, or leave to keep them as they are",
-            fix=f"allow it: --allow-plain {_ending(left[0])}",
+            fix=f"leave out what the model does not load: --drop '{whole}', or allow it: --allow-plain '{whole}'"
+            if left[0] in layout.ignored
+            else f"allow it: --allow-plain {_ending(left[0])}",
         )
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    if any(predicts(name, layout.facts) for name in lost):
+        config = without_predictions(config)
     ignored = [
         n.removesuffix(".weight")
-        for n, ref in checkpoint.tensors.items()
+        for n, ref in tensors.items()
         if n.endswith(".weight") and len(ref.shape) == 2 and n not in coded and not _embedding(n)
     ]
+    check_room(out, sum(ref.nbytes for ref in tensors.values()))
     with CheckpointWriter(out, config | {"quantization_config": described(coded, ignored)}, overwrite=overwrite) as writer:
-        for name in sorted(checkpoint.tensors, key=lambda n: (checkpoint.tensors[n].file, checkpoint.tensors[n].offset)):
+        for name in sorted(tensors, key=lambda n: (tensors[n].file, tensors[n].offset)):
             if name not in coded:
                 writer.copy(name, checkpoint)
                 continue

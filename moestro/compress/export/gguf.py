@@ -12,14 +12,16 @@ Checked    the gguf package dequantises every block to what the tiles stand for;
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from moestro.compress.dropping import lost_tensors, pattern_of
 from moestro.compress.export.compressed_tensors import nibbles_of
 from moestro.compress.export.gguf_tokenizer import add_tokenizer
 from moestro.core.errors import CoverageError, InputError, StorageError, UnsupportedModel
@@ -30,6 +32,7 @@ from moestro.models.checkpoint import Checkpoint
 from moestro.models.codecs.coded import is_coded, read_coded
 from moestro.models.codecs.encode import parse_codec
 from moestro.models.families import describe
+from moestro.models.writer import check_room
 
 TYPES = {"int8": "Q8_0", "int4": "Q4_0", "uint4": "Q4_1", "mxfp4": "MXFP4", "F32": "F32", "F16": "F16", "BF16": "BF16"}
 SIZES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "MXFP4": 17}  # bytes of a block of 32
@@ -56,8 +59,10 @@ class Planned(NamedTuple):
 
 
 @method("compress.export.gguf", kind="export", fidelity="exact")
-def gguf(checkpoint: Checkpoint, out: str | Path, *, pre: str = "", overwrite: bool = False) -> Path:
+def gguf(checkpoint: Checkpoint, out: str | Path, *, pre: str = "", overwrite: bool = False, dropped: Iterable[str] = ()) -> Path:
     """Write the file `out`. pre: llama.cpp's name of the pre-tokenizer, where it is not recognised.
+
+    dropped: patterns of tensors that the model does not load, such as layers for multi-token prediction: they have no place in the file.
 
     Raises UnsupportedModel for other families, settings or tokenizers, InputError for codecs without a block, CoverageError for
     tensors that have no place in the file, StorageError.
@@ -69,7 +74,8 @@ def gguf(checkpoint: Checkpoint, out: str | Path, *, pre: str = "", overwrite: b
         raise StorageError(f"{out} exists already", fix="choose another file, or remove it first")
     config = checkpoint.config
     arch = architecture(config)
-    planned = plan_tensors(checkpoint, arch)
+    planned = plan_tensors(checkpoint, arch, dropped)
+    check_room(out, sum(_bytes(one) for one in planned))
     temporary = out.with_name(out.name + ".partial")
     try:
         writer = GGUFWriter(temporary, arch)
@@ -77,8 +83,8 @@ def gguf(checkpoint: Checkpoint, out: str | Path, *, pre: str = "", overwrite: b
         add_tokenizer(writer, checkpoint.path, config, pre)
         for one in planned:
             kind = GGMLQuantizationType[one.kind]
-            size = one.shape if one.kind not in SIZES else (*one.shape[:-1], one.shape[-1] // BLOCK * SIZES[one.kind])
-            nbytes = int(np.prod(size)) * {"F32": 4, "F16": 2, "BF16": 2}.get(one.kind, 1)
+            size = _stored(one)
+            nbytes = _bytes(one)
             dtype = np.dtype({"F32": np.float32, "F16": np.float16}.get(one.kind, np.uint8))
             stored = size if one.kind != "BF16" else (*size[:-1], 2 * size[-1])
             writer.add_tensor_info(one.name, stored, dtype, nbytes, raw_dtype=kind)
@@ -95,6 +101,14 @@ def gguf(checkpoint: Checkpoint, out: str | Path, *, pre: str = "", overwrite: b
     finally:
         temporary.unlink(missing_ok=True)
     return out
+
+
+def _stored(one: Planned) -> tuple[int, ...]:
+    return one.shape if one.kind not in SIZES else (*one.shape[:-1], one.shape[-1] // BLOCK * SIZES[one.kind])
+
+
+def _bytes(one: Planned) -> int:
+    return math.prod(_stored(one)) * {"F32": 4, "F16": 2, "BF16": 2}.get(one.kind, 1)
 
 
 def architecture(config: dict[str, Any]) -> str:
@@ -120,15 +134,25 @@ def architecture(config: dict[str, Any]) -> str:
     return ARCHITECTURES[family]
 
 
-def plan_tensors(checkpoint: Checkpoint, arch: str) -> list[Planned]:
+def plan_tensors(checkpoint: Checkpoint, arch: str, dropped: Iterable[str] = ()) -> list[Planned]:
     """Every tensor of the file. Raises CoverageError for tensors of the checkpoint without a place, InputError for codecs without a block."""
     config = checkpoint.config
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]} if arch == "llama" else {}
     out: list[Planned] = []
     stacks: dict[tuple[int, str], dict[int, str]] = {}
     lost = []
-    ignored = set(describe(checkpoint).ignored)
+    layout = describe(checkpoint)
+    ignored, named = set(layout.ignored), lost_tensors(dropped, layout)
+    # llama.cpp computes the angles of rope itself, as every reader does.
+    if unnamed := sorted(n for n in ignored - named if not n.endswith("rotary_emb.inv_freq")):
+        raise CoverageError(
+            f"{len(unnamed)} tensors that the model does not load have no place in the file, such as {unnamed[0]}",
+            expected="the decoder's layers only",
+            fix=f"allow their loss: --drop '{pattern_of(unnamed[0])}'",
+        )
     for name, ref in checkpoint.tensors.items():
+        if name in ignored:
+            continue
         found = _NAME.fullmatch(name)
         if found and (expert := _EXPERT.fullmatch(found["rest"])) and expert["leaf"] in ROLES:
             stacks.setdefault((int(found["layer"]), ROLES[expert["leaf"]]), {})[int(expert["e"])] = name
@@ -139,7 +163,7 @@ def plan_tensors(checkpoint: Checkpoint, arch: str) -> list[Planned]:
         elif name.removesuffix(".weight") in TOP:
             kind = "F32" if len(ref.shape) == 1 else _kind(ref.dtype, name)
             out.append(Planned(f"{TOP[name.removesuffix('.weight')]}.weight", kind, ref.shape, (name,)))
-        elif name not in ignored:
+        else:
             lost.append(name)
     if lost:
         raise CoverageError(

@@ -244,6 +244,15 @@ def check_layer(change: LayerChange, facts: LayerFacts, encodings: int = 0) -> N
             raise PlanError(f"{what} keeps neurons that are not there or out of order", expected=f"ascending, 0 to {width - 1}")
         if bad := [n for n in slot.encodings if not 0 <= n < encodings]:
             raise PlanError(f"{what} has the encoding {bad[0]}, the plan has {encodings}")
+    if not change.rows:
+        named: dict[int, int] = {}
+        for i, slot in enumerate(change.slots):
+            if (other := named.setdefault(slot.sources[0], i)) != i:
+                raise PlanError(
+                    f"{where}: slots {other} and {i} would both keep the router's row of expert {slot.sources[0]}, so tokens would use both",
+                    expected="each expert first in one slot, or rows that say what leads to each slot",
+                    fix="name another expert, or write the layer's rows",
+                )
     rows = change.routed
     for i, row in enumerate(rows):
         if not 0 <= row.slot < len(change.slots) or not row.sources or any(e not in known for e in row.sources):

@@ -16,6 +16,7 @@ from moestro.models.layout import Layout
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 WIDTHS = ("moe_intermediate_size", "intermediate_size")
 SHARED_WIDTHS = ("shared_expert_intermediate_size", "shared_intermediate_size")
+PREDICTIONS = ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_num_hidden_layers")
 SHARED_COUNTS = ("n_shared_experts", "moe_num_shared_experts")
 # On disk and in memory: weights and biases of the map to logits, and biases of the choice.
 _ROUTER = re.compile(
@@ -69,6 +70,14 @@ def resized(config: dict[str, Any], facts: ModelFacts, *, experts: int, d_expert
     if d_expert != layer.spec.d_expert:
         _narrow(inner, facts, d_expert)
     return config | {"text_config": inner} if nested else inner
+
+
+def without_predictions(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json that promises no layers for multi-token prediction any more."""
+    return {
+        name: without_predictions(value) if name == "text_config" else 0 if name in PREDICTIONS else value
+        for name, value in config.items()
+    }
 
 
 def _narrow(config: dict[str, Any], facts: ModelFacts, d_expert: int) -> None:
