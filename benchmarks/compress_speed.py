@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,10 @@ def rounding(shape: shapes.Shape, work: Path, repeats: int, limited: bool) -> di
 def fitting(shape: shapes.Shape, work: Path) -> dict[str, Any]:
     """Seconds of one layer by GPTQ through the executor, and the process's memory."""
     from moestro.compress.bits import blank, encode_experts
-    from moestro.compress.encode.inputs import Inputs, expert_inputs
+    from moestro.compress.encode.inputs import ExpertInputs, Inputs
     from moestro.compress.encoding import Encoder
     from moestro.compress.executor import compress
     from moestro.compress.export.coded import CodedJob
-    from moestro.core.experts import ExpertWeights
     from moestro.core.plans.compression import Slot
     from moestro.kernels import native
     from moestro.models.checkpoint import Checkpoint
@@ -108,8 +107,8 @@ def fitting(shape: shapes.Shape, work: Path) -> dict[str, Any]:
     spec, began = layout.facts.layers[0].spec, time.perf_counter()
     layer_DD = Inputs.of(x_TD).moment_CC
 
-    def given(ordinal: int, slot: Slot, weights: ExpertWeights) -> Mapping[str, Any]:
-        return expert_inputs(x_TD, own[slot.sources[0]], weights, spec, layer_DD=layer_DD)
+    def given(ordinal: int, slot: Slot) -> ExpertInputs:
+        return ExpertInputs(x_TD, own[slot.sources[0]], spec, layer_DD)
 
     plan = encode_experts(blank(checkpoint, layout, "compress.encode.gptq"), layout, "compress.encode.gptq", "int4:64")
     out = work / "compress-speed-gptq"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from moestro.models.layout import Layout
 from moestro.profile.profile import Profile
 
 RATIOS = (0.125, 0.25, 0.5)
+# Where experts are copies, the others compute the same whichever goes: the largest share shows that nothing else was harmed.
+COPIES = "embedded"
 # For each number of bits the formats to try: all of those at 4, the first that a method can make of the others.
 WIDTHS = {
     "8": ("int8:64",),
@@ -66,11 +68,15 @@ LAST, ROUNDED, USUAL_BUDGET = "compress.encode.gptq", "compress.encode.rtn", "co
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One call of a planner. wish: fields of `Wish`, or of `BitsWish` when `bits` is set."""
+    """One call of a planner. wish: fields of `Wish`, or of `BitsWish` when `bits` is set.
+
+    apart: each matrix is fitted by itself, without what encoding the others changes before it.
+    """
 
     method: str
     wish: Mapping[str, Any] = field(default_factory=dict)
     bits: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +104,7 @@ class Cell:
     @property
     def key(self) -> str:
         """A digest of what is done."""
-        said = [[step.method, dict(step.wish), step.bits] for step in self.steps]
+        said = [[step.method, dict(step.wish), step.bits, *(["apart"] if step.apart else [])] for step in self.steps]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -146,6 +152,11 @@ def grid(kinds: Iterable[str], d_expert: int) -> list[Cell]:
     return found
 
 
+def cells_of(model: str, kinds: Iterable[str], d_expert: int) -> list[Cell]:
+    """The cells that a model of the benchmark takes part in."""
+    return [cell for cell in grid(kinds, d_expert) if model != COPIES or cell.level == share(RATIOS[-1])]
+
+
 def kept_neurons(ratio: float, d_expert: int) -> int:
     """Neurons that stay, a multiple of 64, so that groups of weights divide them."""
     return max(64, round(d_expert * (1 - ratio) / 64) * 64)
@@ -158,6 +169,8 @@ def encodings(name: str, calibrated: bool) -> Iterator[Cell]:
         for codec in made:
             step = Step(name, {"codec": codec, "options": options})
             yield Cell(title, codec, "encode", (step,), calibrated)
+            if name == LAST and not options:
+                yield Cell(f"{title}, apart", codec, "encode", (replace(step, apart=True),), calibrated)
 
 
 def formats(name: str, codecs: Iterable[str]) -> list[str]:
@@ -235,5 +248,7 @@ def planned(cell: Cell, checkpoint: Checkpoint, layout: Layout, profile: Profile
         if any(o["name"] == "seed" for o in _options(step.method)):
             wish["options"] = {**wish.get("options", {}), "seed": seed}
         plan = plan_compression(step.method, checkpoint, layout, Wish(**wish), profile=profile, base=plan)
+        if step.apart:
+            plan = replace(plan, encodings=tuple(replace(e, chained=False) for e in plan.encodings))
     assert plan is not None
     return plan

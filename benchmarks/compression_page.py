@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import HERE
-from compression_grid import OTHER, REMOVING, grid
+from compression_grid import OTHER, REMOVING, cells_of
 from speed_page import MISSING, filled_from, newest, rows_of
 
 PAGE = HERE.parent / "docs" / "compression.md"
@@ -125,6 +125,8 @@ def claims(report: dict[str, Any]) -> str:
             lines.append(pair(report, f"GPTQ beats round-to-nearest ({codec})", model, ("gptq", codec), ("rtn", codec)))
             first = f"... with the largest inputs first ({codec})"
             lines.append(pair(report, first, model, ("gptq, ordered", codec), ("rtn", codec)))
+            apart = f"GPTQ's last matrices make good what the others lost ({codec})"
+            lines.append(pair(report, apart, model, ("gptq", codec), ("gptq, apart", codec)))
             lines.append(
                 pair(report, f"... also when that fits its ranges ({codec})", model, ("gptq", codec), ("rtn, search", codec))
             )
@@ -164,7 +166,7 @@ def missing(report: dict[str, Any]) -> str:
     """What the results do not hold: plans without a cell, and how many plans have one seed only although they read a text."""
     lines = []
     for model, kinds in (("mixed", (*REMOVING, *OTHER)), ("smollm2", OTHER), ("embedded", REMOVING), ("duplicates", REMOVING)):
-        wanted = grid(kinds, report["models"].get(model, {"d_expert": 384})["d_expert"])
+        wanted = cells_of(model, kinds, report["models"].get(model, {"d_expert": 384})["d_expert"])
         there = {(r["name"], r["level"]): r for r in report["summary"] if r["model"] == model}
         gone = list(dict.fromkeys(c.name for c in wanted if (c.name, c.level) not in there))
         once = sum(c.calibrated and len(there.get((c.name, c.level), {}).get("seeds", ())) == 1 for c in wanted)

@@ -42,7 +42,8 @@ def encode_experts(
     codecs_LE: str | Sequence[Sequence[str]],
     options: Mapping[str, Any] | None = None,
 ) -> CompressionPlan:
-    """One more encoding for every slot. codecs_LE: one codec for all, or one for each slot of each layer.
+    """One more encoding for every slot, chained where the method reads inputs. codecs_LE: one codec for all, or one for each slot of each
+    layer.
 
     Raises InputError for a codec that is unknown or does not divide the rows.
     """
@@ -53,7 +54,9 @@ def encode_experts(
         replace(la, slots=tuple(replace(s, encodings=(*s.encodings, numbers[c])) for s, c in zip(la.slots, row, strict=True)))
         for la, row in zip(plan.layers, rows, strict=True)
     )
-    encodings = (*plan.encodings, *(Encoding(method, codec, dict(options or {})) for codec in numbers))
+    card = card_of(load(method))
+    chained = card.kind == "encode" and "inputs" in card.needs
+    encodings = (*plan.encodings, *(Encoding(method, codec, dict(options or {}), chained) for codec in numbers))
     made = replace(plan, layers=layers, encodings=encodings)
     return replace(made, sizes=(plan.sizes[0], expert_bytes(made, layout)))
 

@@ -5,14 +5,13 @@ Shapes: n tokens, D model width, K slots, E experts, F expert width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from moestro.compress.encode.inputs import PRIOR, Inputs, expert_inputs
+from moestro.compress.encode.inputs import PRIOR, ExpertInputs, Inputs
 from moestro.core.errors import ProfileError
-from moestro.core.experts import ExpertKey, ExpertWeights
+from moestro.core.experts import ExpertKey
 from moestro.core.layer import ModelFacts
 from moestro.core.plans.compression import Slot
 from moestro.profile.profile import Profile
@@ -39,9 +38,9 @@ class LayerInputs:
 
 
 class Calibration:
-    """Gives each slot's matrices their `Inputs`. A callable, as `compress.encoding.Encoder` wants it.
+    """Gives each slot its `ExpertInputs`. A callable, as `compress.encoding.Encoder` wants it.
 
-    prior: see `expert_inputs`. Raises ProfileError when the profile is of another model or kept no inputs.
+    prior: see `ExpertInputs`. Raises ProfileError when the profile is of another model or kept no inputs.
     """
 
     def __init__(self, profile: Profile, facts: ModelFacts, *, prior: int = PRIOR) -> None:
@@ -67,18 +66,18 @@ class Calibration:
             self._layer = ordinal, found, Inputs.of(found.x_nD).moment_CC
         return self._layer[1]
 
-    def __call__(self, ordinal: int, slot: Slot, weights: ExpertWeights) -> Mapping[str, Inputs]:
+    def __call__(self, ordinal: int, slot: Slot) -> ExpertInputs:
         seen = self.layer(ordinal)
         assert self._layer is not None
         spec = self.facts.layers[ordinal].spec
-        return expert_inputs(seen.x_nD, seen.own(slot.sources), weights, spec, layer_DD=self._layer[2], prior=self.prior)
+        return ExpertInputs(seen.x_nD, seen.own(slot.sources), spec, self._layer[2], self.prior)
 
-    def scaled(self, ordinal: int, weights: ExpertWeights, rows_n: np.ndarray, scale_D: np.ndarray) -> Mapping[str, Inputs]:
-        """As a call, of chosen rows of the layer's tokens, divided by scale_D; the weights are for these."""
+    def scaled(self, ordinal: int, rows_n: np.ndarray, scale_D: np.ndarray) -> ExpertInputs:
+        """As a call, of chosen rows of the layer's tokens, divided by scale_D."""
         seen = self.layer(ordinal)
         assert self._layer is not None
         layer_DD, spec = self._layer[2] / np.outer(scale_D, scale_D), self.facts.layers[ordinal].spec
-        return expert_inputs(seen.x_nD / scale_D, rows_n, weights, spec, layer_DD=layer_DD, prior=self.prior)
+        return ExpertInputs(seen.x_nD / scale_D, rows_n, spec, layer_DD, self.prior)
 
     def stream(self) -> dict[str, np.ndarray]:
         """What the probe residual tells of each layer's experts beside the stream, as `BitsEvidence` names it; nothing without it."""

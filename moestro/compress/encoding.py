@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moestro.compress.calibration import Calibration
+from moestro.compress.encode.inputs import ExpertInputs, Inputs
 from moestro.compress.smooth.smoothing import Smoothing
 from moestro.compress.stats import LayerStats
 from moestro.core.errors import CheckpointError, PlanError
@@ -21,7 +22,7 @@ from moestro.kernels.packed import Packed
 from moestro.profile.profile import Profile
 
 MATRICES = {"gate": "gate_FD", "up": "up_FD", "down": "down_DF"}
-Given = Callable[[int, Slot, ExpertWeights], Mapping[str, Any]]  # what each matrix of a slot is multiplied with, by role
+Given = Callable[[int, Slot], ExpertInputs]  # what the matrices of a slot are multiplied with
 
 
 class Encoder:
@@ -152,15 +153,21 @@ class Encoder:
             smoothing, place = self._smoothing_of(ordinal, slot)
             made = smoothing.applied(place, weights)
             return {role: a for role, name in MATRICES.items() if (a := getattr(made, name)) is not None}
-        elif self._kinds[number] == "encode" and self._kinds[slot.encodings[0]] == "smooth":
-            assert isinstance(self.given, Calibration)
-            smoothing, place = self._smoothing_of(ordinal, slot)
-            given = self.given.scaled(ordinal, weights, smoothing.rows[place], smoothing.scale_D)
+        elif "inputs" in card_of(self._methods[number]).needs:
+            return encoded(weights, self._inputs(ordinal, slot), partial(self._one, number), self.plan.encodings[number].chained)
         else:
-            needed = "inputs" in card_of(self._methods[number]).needs
-            given = self.given(ordinal, slot, weights) if needed and self.given is not None else {}
+            given = {}
         there = {role: a for role, name in MATRICES.items() if (a := getattr(weights, name)) is not None}
         return {role: self._one(number, matrix, given.get(role)) for role, matrix in there.items()}
+
+    def _inputs(self, ordinal: int, slot: Slot) -> ExpertInputs:
+        """Of a slot's matrices, in the scale that the layer's smoothing gave them."""
+        assert self.given is not None
+        if self._kinds[slot.encodings[0]] != "smooth":
+            return self.given(ordinal, slot)
+        assert isinstance(self.given, Calibration)
+        smoothing, place = self._smoothing_of(ordinal, slot)
+        return self.given.scaled(ordinal, smoothing.rows[place], smoothing.scale_D)
 
     def _smoothing_of(self, ordinal: int, slot: Slot) -> tuple[Smoothing, int]:
         """Of a layer that was prepared, and the slot's place in it."""
@@ -188,6 +195,19 @@ class Encoder:
             raise CheckpointError(
                 f"a matrix cannot be stored as {encoding.codec}: {error}", fix="leave it as it is stored, or use another codec"
             ) from error
+
+
+def encoded(
+    weights: ExpertWeights, inputs: ExpertInputs, one: Callable[[np.ndarray, Inputs], np.ndarray | Packed], chained: bool
+) -> dict[str, np.ndarray | Packed]:
+    """An expert's matrices by role, each made by `one` from itself and its inputs. chained: see `core.plans.compression.Encoding`."""
+    first = inputs.first()
+    made = {role: one(a, first) for role in ("gate", "up") if (a := getattr(weights, MATRICES[role])) is not None}
+    if not chained:
+        return made | {"down": one(weights.down_DF, inputs.last(weights))}
+    giving = replace(weights, **{MATRICES[role]: plain(matrix) for role, matrix in made.items()})
+    last, down_DF = inputs.chained(weights, giving)
+    return made | {"down": one(down_DF, last)}
 
 
 def _projected(w_RC: np.ndarray, basis_MC: np.ndarray | None) -> np.ndarray:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from moestro.compress.calibration import Calibration, LayerInputs
 from moestro.compress.encode.inputs import hidden
-from moestro.compress.encoding import MATRICES, plain
+from moestro.compress.encoding import MATRICES, encoded, plain
 from moestro.core.errors import InputError
 from moestro.core.experts import ExpertKey, ExpertSpec, ExpertWeights
 from moestro.core.method import card_of, load
@@ -100,11 +101,13 @@ def measure(
             there_LE[at], counts_LE[at], weights_LE[at] = True, len(seen.own((e,))), seen.weight(e).sum()
             matrices = {role: a for role, name in MATRICES.items() if (a := getattr(weights, name)) is not None}
             outlier_LE[at] = max(outliers(matrix) for matrix in matrices.values())
-            inputs = given(la.ordinal, Slot((e,)), weights) if needs else {}
+            inputs = given(la.ordinal, Slot((e,))) if needs else None
             whole_nD = output(seen, e, la.spec, weights)
             energy_L[la.ordinal] += float(np.square(whole_nD).sum())
             for w, codec in enumerate(codecs):
-                made = {r: plain(fn(m, inputs.get(r), codec=codec, **(options or {}))) for r, m in matrices.items()}
+                one = partial(fn, codec=codec, **(options or {}))
+                tiles = encoded(weights, inputs, one, True) if inputs else {r: one(m) for r, m in matrices.items()}
+                made = {r: plain(tiles[r]) for r in matrices}
                 matrix_LEW[(*at, w)] = np.sqrt(sum(float(np.square(made[r] - matrices[r]).sum()) for r in made))
                 other = replace(weights, **{MATRICES[r]: matrix for r, matrix in made.items()})
                 output_LEW[(*at, w)] = np.linalg.norm(output(seen, e, la.spec, other) - whole_nD)

@@ -18,9 +18,11 @@ import speed_page  # noqa: E402
 
 from moestro.compress.planner import KINDS  # noqa: E402
 from moestro.core import catalogue as pages  # noqa: E402
+from moestro.core.experts import ExpertKey  # noqa: E402
 from moestro.core.method import catalogue  # noqa: E402
 from moestro.models.checkpoint import Checkpoint  # noqa: E402
 from moestro.models.families import describe  # noqa: E402
+from moestro.profile.profile import Profile  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -129,18 +131,43 @@ def test_planted_duplicates_are_duplicates(tmp_path):
 
 
 def test_copies_are_encoded_once(tmp_path):
+    """Of one layer, one after another, with the same tokens; and come out as without sparing."""
     from moestro.compress.bits import blank, encode_experts
-    from moestro.compress.encode.inputs import Inputs
+    from moestro.compress.encode.inputs import ExpertInputs, Inputs
     from moestro.compress.encoding import Encoder
+    from moestro.core.plans.compression import Slot
+    from moestro.models.experts import read_expert
 
     made = bench.tiny(tmp_path)
     checkpoint = Checkpoint.open(made.path)
     layout = describe(checkpoint)
     plan = encode_experts(blank(checkpoint, layout, "x"), layout, "compress.encode.gptq", "int8:32")
-    rng = np.random.default_rng(0)
-    w_RC, x_nC, other_nC = (rng.standard_normal(shape).astype(np.float32) for shape in ((16, 32), (64, 32), (64, 32)))
-    given = [Inputs.of(x) for x in (x_nC, other_nC)]
-    sparing, plain = (cls(plan, layout.facts, None, lambda *_: {}) for cls in (bench.Sparing, Encoder))
-    first, again, otherwise = (sparing._one(0, w_RC.copy(), given[i]) for i in (0, 0, 1))
-    assert first is again and first is not otherwise
-    np.testing.assert_array_equal(otherwise.dequantise(), plain._one(0, w_RC, given[1]).dequantise())
+    spec = layout.facts.layers[0].spec
+    x_TD = np.random.default_rng(0).standard_normal((64, spec.d_model)).astype(np.float32)
+    own = {0: np.arange(64), 1: np.arange(64), 2: np.arange(0, 64, 2)}
+
+    def given(ordinal, slot):
+        return ExpertInputs(x_TD, own[slot.sources[0]], spec, Inputs.of(x_TD).moment_CC)
+
+    sparing, plain = (cls(plan, layout.facts, None, given) for cls in (bench.Sparing, Encoder))
+    weights = read_expert(checkpoint, layout, ExpertKey(0, 0))
+    first, copy, otherwise = (sparing._step(0, Slot((e,), encodings=(0,)), weights, 0) for e in (0, 1, 2))
+    assert first is copy and first is not otherwise
+    whole = plain._step(0, Slot((2,), encodings=(0,)), weights, 0)
+    for role, tiles in whole.items():
+        assert np.array_equal(tiles.dequantise(), otherwise[role].dequantise())
+
+
+def test_fitted_apart_is_a_plan_of_its_own(tmp_path):
+    from moestro.testing.tiny import save_tiny
+
+    save_tiny("mixtral", tmp_path / "m", hidden_size=64, intermediate_size=64)
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    layout = describe(checkpoint)
+    cells = {c.name: c for c in compression_grid.grid(("encode",), 64) if c.name.startswith("gptq") and c.level == "int3:64"}
+    assert set(cells) == {"gptq", "gptq, apart", "gptq, ordered"} and cells["gptq"].key != cells["gptq, apart"].key
+    layers = tuple({"num_experts": la.num_experts} for la in layout.facts.layers)
+    profile = Profile({}, layout.facts.fingerprint, "mixtral", layers, ("all",), (1,), None, "", (), {})
+    for name, cell in cells.items():
+        plan = compression_grid.planned(cell, checkpoint, layout, profile, 0)
+        assert [e.chained for e in plan.encodings] == [name != "gptq, apart"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from moestro.compress.encode.d2moe import d2moe
 from moestro.compress.encode.gptq import gptq, rounded
 from moestro.compress.encode.grids import Grid, Range, by_groups, grid_of
 from moestro.compress.encode.hqq import hqq
-from moestro.compress.encode.inputs import Inputs, expert_inputs, factor
+from moestro.compress.encode.inputs import ExpertInputs, Inputs, factor, hidden
 from moestro.compress.encode.rtn import rtn
 from moestro.compress.encode.ternary import ternary
+from moestro.compress.encoding import encoded
 from moestro.core.errors import CheckpointError, InputError
 from moestro.core.experts import ExpertSpec, ExpertWeights
 from moestro.models.codecs.encode import parse_codec
@@ -192,14 +194,75 @@ def test_a_rare_experts_inputs_are_drawn_towards_the_layers():
     weights = ExpertWeights(*(rng.standard_normal(shape).astype(np.float32) for shape in ((64, 32), (64, 32), (32, 64))))
     x_TD = rng.standard_normal((500, 32)).astype(np.float32)
     layer_DD = Inputs.of(x_TD).moment_CC
-    none = expert_inputs(x_TD, np.arange(0), weights, spec, layer_DD=layer_DD)
-    assert none["gate"].tokens == 0 and none["gate"].borrowed == 1
-    np.testing.assert_allclose(none["up"].moment_CC, layer_DD)
-    assert none["down"].moment_CC.shape == (64, 64) and np.isfinite(none["down"].moment_CC).all()
-    few, many = (expert_inputs(x_TD, np.arange(n), weights, spec, layer_DD=layer_DD, prior=50) for n in (10, 450))
-    assert few["gate"].borrowed == pytest.approx(50 / 60) and many["gate"].borrowed == pytest.approx(0.1)
-    found = np.linalg.eigvalsh(few["down"].moment_CC)
+    none = ExpertInputs(x_TD, np.arange(0), spec, layer_DD)
+    assert none.first().tokens == 0 and none.first().borrowed == 1
+    np.testing.assert_allclose(none.first().moment_CC, layer_DD)
+    assert none.last(weights).moment_CC.shape == (64, 64) and np.isfinite(none.last(weights).moment_CC).all()
+    few, many = (ExpertInputs(x_TD, np.arange(n), spec, layer_DD, 50) for n in (10, 450))
+    assert few.first().borrowed == pytest.approx(50 / 60) and many.last(weights).borrowed == pytest.approx(0.1)
+    found = np.linalg.eigvalsh(few.last(weights).moment_CC)
     assert found.min() > -1e-6 * found.max()
+
+
+def expert_and_inputs(seed):
+    rng = np.random.default_rng(seed)
+    mix_DD = rng.standard_normal((64, 64)) * 0.9 ** np.arange(64)[:, None]
+    x_TD = (rng.standard_normal((1200, 64)) @ mix_DD).astype(np.float32)
+    gate_FD, up_FD, down_DF = (rng.standard_normal(shape).astype(np.float32) * 0.1 for shape in ((64, 64), (64, 64), (64, 64)))
+    return ExpertWeights(gate_FD, up_FD, down_DF), x_TD[:600], x_TD[600:]
+
+
+def away(made, weights, x_TD):
+    """Squared error of the output of an expert whose matrices are tiles."""
+    spec, new = ExpertSpec(64, 64), ExpertWeights(*(tiles.dequantise() for tiles in made.values()))
+    old_TD, new_TD = (hidden(x_TD, w, spec) @ w.down_DF.T for w in (weights, new))
+    return float(np.square(new_TD - old_TD).sum())
+
+
+@pytest.mark.parametrize("encode", (partial(gptq, codec="int2:64"), partial(gptq, codec="int4:64", ordered=True), d2moe))
+@pytest.mark.parametrize("tokens", (600, 20))
+def test_the_last_matrix_makes_good_what_the_others_lost(tokens, encode):
+    """On text that it was not fitted to; and with few tokens, which could tell it anything, it does no harm."""
+    ratios = []
+    for seed in range(4):
+        weights, seen_TD, other_TD = expert_and_inputs(seed)
+        given = ExpertInputs(seen_TD, np.arange(tokens), ExpertSpec(64, 64), Inputs.of(seen_TD).moment_CC)
+        errors = [away(encoded(weights, given, encode, chained), weights, other_TD) for chained in (True, False)]
+        ratios.append(errors[0] / errors[1])
+    assert np.mean(ratios) < (0.96 if tokens == 600 else 1)
+
+
+def test_a_hidden_unit_that_is_lost_is_read_off_its_likes():
+    """Each unit has a copy, and one of the two vanishes: the last matrix doubles what is left, where moments alone change nothing."""
+    rng = np.random.default_rng(4)
+    gate_FD, up_FD = (np.repeat(rng.standard_normal((32, 64)).astype(np.float32) * 0.1, 2, axis=0) for _ in range(2))
+    weights = ExpertWeights(gate_FD, up_FD, rng.standard_normal((64, 64)).astype(np.float32) * 0.1)
+    x_TD = rng.standard_normal((40_000, 64)).astype(np.float32)
+    spec, lost_FD = ExpertSpec(64, 64), up_FD.copy()
+    lost_FD[::2] = 0
+    given = ExpertInputs(x_TD, np.arange(40_000), spec, Inputs.of(x_TD).moment_CC, 0)
+    inputs, down_DF = given.chained(weights, replace(weights, up_FD=lost_FD))
+    np.testing.assert_allclose(inputs.moment_CC, given.last(replace(weights, up_FD=lost_FD)).moment_CC, rtol=1e-6)
+    want_DF = weights.down_DF[:, ::2] + weights.down_DF[:, 1::2]
+    np.testing.assert_allclose(down_DF[:, 1::2], want_DF, atol=0.02)
+    assert np.array_equal(down_DF[:, ::2], weights.down_DF[:, ::2]), "what no input reaches stays"
+    weights.down_DF[3, 5] = np.nan
+    with pytest.raises(CheckpointError, match="too large"):
+        encoded(weights, given, gptq, True)
+
+
+def test_where_nothing_is_lost_both_ways_give_the_same_bytes():
+    """Gate and up lie on the grid already, every group from its least to its largest level."""
+    weights, seen_TD, _ = expert_and_inputs(8)
+    rng, grid = np.random.default_rng(9), grid_of("int4:64")
+    codes_RC = rng.integers(0, 16, (128, 64))
+    codes_RC[:, 0] = 0
+    on_RC = grid.lay(codes_RC, Range(*(np.full(128, v, np.float32) for v in (0.125, 0)))).dequantise()
+    given = ExpertInputs(seen_TD, np.arange(600), ExpertSpec(64, 64), Inputs.of(seen_TD).moment_CC)
+    for exact in (True, False):
+        start = replace(weights, gate_FD=on_RC[:64], up_FD=on_RC[64:]) if exact else weights
+        chained, apart = (encoded(start, given, partial(gptq, codec="int4:64"), way)["down"] for way in (True, False))
+        assert np.array_equal(chained.parts[0], apart.parts[0]) == exact
 
 
 def test_more_tokens_of_ones_own_make_the_fit_better(w_RC):

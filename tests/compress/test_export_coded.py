@@ -14,6 +14,7 @@ from moestro.compress.encode.rtn import rtn
 from moestro.compress.encoding import Encoder
 from moestro.compress.executor import compress
 from moestro.compress.export.coded import CodedJob
+from moestro.compress.live import compress_live
 from moestro.compress.record import read_plan_of
 from moestro.compress.trunk import trunk_matrices
 from moestro.core.errors import CheckpointError, InputError, PlanError
@@ -90,16 +91,30 @@ def biases(one):
     return each * sum(la.num_experts for la in one.layout.facts.layers)
 
 
-def test_gptq_takes_each_experts_own_inputs(wide, profile, tmp_path):
+def test_gptq_takes_each_experts_own_inputs_and_the_last_matrix_what_the_others_give(wide, profile, tmp_path):
     one = wide("olmoe")
     plan = encode_experts(blank(one.checkpoint, one.layout, "by.hand"), one.layout, "compress.encode.gptq", "int3:32")
-    made = coded(plan, one, tmp_path / "coded", profile)
+    written = plan.to_json()
+    assert written["encodings"][0].pop("chained")
+    made, apart = (
+        coded(plan, one, tmp_path / "coded", profile),
+        coded(type(plan).from_json(written), one, tmp_path / "old", profile),
+    )
+    live = compress_live(plan, open_model(one.checkpoint), encoder=Encoder(plan, one.layout.facts, profile))
+    logits = [next(iter(m.run([TOKENS]))).logits_TV.numpy() for m in (live, open_model(made, "float32"))]
+    np.testing.assert_allclose(*logits, atol=1e-5)
     given = Calibration(profile, one.layout.facts)
     for e in (0, 3):
         weights = read_expert(one.checkpoint, one.layout, ExpertKey(1, e))
-        want = gptq(weights.down_DF, given(1, Slot((e,)), weights)["down"], codec="int3:32")
-        found = read_coded(made, f"model.layers.1.mlp.experts.{e}.down_proj.weight")
+        gate, up = (gptq(a, given(1, Slot((e,))).first(), codec="int3:32").dequantise() for a in (weights.gate_FD, weights.up_FD))
+        gives = replace(weights, gate_FD=gate, up_FD=up)
+        last, down_DF = given(1, Slot((e,))).chained(weights, gives)
+        want = gptq(down_DF, last, codec="int3:32")
+        before = gptq(weights.down_DF, given(1, Slot((e,))).last(weights), codec="int3:32")
+        found, old = (read_coded(c, f"model.layers.1.mlp.experts.{e}.down_proj.weight") for c in (made, apart))
         assert all(np.array_equal(a, b) for a, b in zip(want.parts, found.parts, strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(before.parts, old.parts, strict=True))
+        assert not np.array_equal(want.parts[0], before.parts[0])
     plain = encode_experts(blank(one.checkpoint, one.layout, "by.hand"), one.layout, "compress.encode.gptq", "int3:32")
     with pytest.raises(PlanError, match="--probe inputs"):
         Encoder(plain, one.layout.facts)

@@ -33,7 +33,7 @@ def plan() -> CompressionPlan:
         method="compress.criterion.a",
         options={"ratio": 0.5},
         layers=(first, second),
-        encodings=(Encoding("compress.encode.a"), Encoding("compress.encode.b", "int4:64", {"damp": 0.1})),
+        encodings=(Encoding("compress.encode.a"), Encoding("compress.encode.b", "int4:64", {"damp": 0.1}, True)),
         tensors={"lm_head.weight": (1,)},
         dropped=("model.layers.4.*",),
         protected=(ExpertKey(0, 7),),
@@ -49,6 +49,7 @@ def test_round_trip(plan, tmp_path):
     assert read_plan(tmp_path / "plan.json") == plan
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["layers"][0]["slots"][0] == {"sources": [0]}, "what is usual is not written"
+    assert written["encodings"][0] == {"method": "compress.encode.a"} and written["encodings"][1]["chained"] is True
     plan.check(facts_of())
 
 
@@ -125,6 +126,7 @@ def test_another_model(plan):
         lambda d: d["layers"][0]["slots"][0].update(sources=["a"]),
         lambda d: d.update(sizes=[1]),
         lambda d: d.update(protected=[[1]]),
+        lambda d: d["encodings"][0].update(chained="no"),
     ],
 )
 def test_a_damaged_plan_is_refused(plan, tmp_path, change):

@@ -5,7 +5,6 @@ Shapes: n tokens, C inputs of the matrix, D model width, F expert width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +13,7 @@ from moestro.core.errors import InputError
 from moestro.core.experts import ExpertSpec, ExpertWeights
 from moestro.kernels.ffn import activate
 
+RIDGE = 3.0  # of `ExpertInputs.chained`: what each input's mean square is raised by for as many tokens as inputs, as a share
 PRIOR = 256  # tokens of the expert's own that weigh as much as all other tokens of the layer together
 
 
@@ -48,24 +48,70 @@ class Inputs:
         return self._factors[key]
 
 
-def expert_inputs(
-    x_TD: np.ndarray, own_n: np.ndarray, weights: ExpertWeights, spec: ExpertSpec, *, layer_DD: np.ndarray, prior: int = PRIOR
-) -> Mapping[str, Inputs]:
-    """Of an expert's 'gate' and 'up' (one and the same) and 'down', from a layer's inputs and the rows that were routed to it.
+@dataclass(frozen=True, slots=True)
+class ExpertInputs:
+    """Of one expert's matrices, from a layer's inputs x_TD and the rows own_n that were routed to the expert.
 
     A rare expert's moment is drawn towards that of the whole layer: its own n tokens weigh n / (n + prior), all of the layer the
     rest. What its last projection would see of the other tokens is computed, for at most `prior` of them, evenly spaced.
     layer_DD: mean of x x^T over the layer's tokens.
     """
-    n = len(own_n)
-    borrowed = prior / (n + prior) if n + prior else 1.0
-    some_T = np.arange(0, len(x_TD), max(1, len(x_TD) // max(1, prior)))
-    hidden_nF, other_nF = (hidden(x_TD[rows], weights, spec) for rows in (own_n, some_T))
-    own_DD = _moment(x_TD[own_n]) if n else 0.0
-    inner = Inputs((1 - borrowed) * own_DD + borrowed * layer_DD, n, borrowed)
-    own_FF = _moment(hidden_nF) if n else 0.0
-    last = Inputs((1 - borrowed) * own_FF + borrowed * _moment(other_nF), n, borrowed)
-    return {"gate": inner, "up": inner, "down": last}
+
+    x_TD: np.ndarray
+    own_n: np.ndarray
+    spec: ExpertSpec
+    layer_DD: np.ndarray
+    prior: int = PRIOR
+
+    @property
+    def borrowed(self) -> float:
+        n = len(self.own_n)
+        return self.prior / (n + self.prior) if n + self.prior else 1.0
+
+    def first(self) -> Inputs:
+        """Of 'gate' and 'up', one and the same."""
+        n, borrowed = len(self.own_n), self.borrowed
+        own_DD = _moment(self.x_TD[self.own_n]) if n else 0.0
+        return Inputs((1 - borrowed) * own_DD + borrowed * self.layer_DD, n, borrowed)
+
+    def last(self, weights: ExpertWeights) -> Inputs:
+        """Of 'down'."""
+        moment_FF = sum(share * _moment(hidden(self.x_TD[rows], weights, self.spec)) for share, rows in self._samples())
+        return Inputs(np.asarray(moment_FF), len(self.own_n), self.borrowed)
+
+    def chained(self, weights: ExpertWeights, encoded: ExpertWeights) -> tuple[Inputs, np.ndarray]:
+        """(what `gate` and `up` of the encoded weights give to 'down', down_DF moved to make good what they lost of the plain ones').
+
+        W + W lost (H' + ridge)^-1 with lost = mean of (h - h') h'^T and H' = mean of h' h'^T (arXiv 2504.09629): of all last matrices
+        the one whose output of h' is nearest to W h. The ridge is RIDGE F / n of each input's mean square, n tokens, so that few
+        tokens move little. Raises InputError for moments that are no moments.
+        """
+        from scipy.linalg import solve
+
+        down_DF = weights.down_DF
+        moment_FF, lost_FD, spread = np.zeros((down_DF.shape[1],) * 2), np.zeros(down_DF.shape[::-1]), 0.0
+        for share, rows in self._samples():
+            x_nD = self.x_TD[rows]
+            h_nF = hidden(x_nD, encoded, self.spec)
+            moment_FF += share * _moment(h_nF)
+            lost_FD += share / max(1, len(rows)) * (h_nF.T @ ((hidden(x_nD, weights, self.spec) - h_nF) @ down_DF.T))
+            spread += share**2 / max(1, len(rows))
+        inputs = Inputs(moment_FF, len(self.own_n), self.borrowed)
+        _check(moment_FF)
+        if not np.isfinite(lost_FD).all():  # whoever encodes it says what is wrong with down_DF
+            return inputs, down_DF
+        diagonal_F = np.diag(moment_FF)
+        ridged_FF = moment_FF.copy()
+        ridged_FF.reshape(-1)[:: len(diagonal_F) + 1] += np.where(
+            diagonal_F == 0, diagonal_F.mean() or 1.0, RIDGE * len(diagonal_F) * spread * diagonal_F
+        )
+        moved_FD = solve(ridged_FF, lost_FD, assume_a="pos", overwrite_a=True)
+        return inputs, (down_DF + moved_FD.T).astype(np.float32)
+
+    def _samples(self) -> list[tuple[float, np.ndarray]]:
+        """(weight, rows) of the expert's own tokens and of some of all."""
+        some_T = np.arange(0, len(self.x_TD), max(1, len(self.x_TD) // max(1, self.prior)))
+        return [(share, rows) for share, rows in ((1 - self.borrowed, self.own_n), (self.borrowed, some_T)) if share]
 
 
 def hidden(x_nD: np.ndarray, weights: ExpertWeights, spec: ExpertSpec) -> np.ndarray:
@@ -81,7 +127,14 @@ def hidden(x_nD: np.ndarray, weights: ExpertWeights, spec: ExpertSpec) -> np.nda
 
 def _moment(x_nC: np.ndarray) -> np.ndarray:
     x_nC = x_nC.astype(np.float32, copy=False)
-    return (x_nC.T @ x_nC).astype(np.float64) / max(1, len(x_nC))
+    moment_CC = (x_nC.T @ x_nC).astype(np.float64)
+    moment_CC /= max(1, len(x_nC))
+    return moment_CC
+
+
+def _check(moment_CC: np.ndarray) -> None:
+    if not np.isfinite(moment_CC).all() or (np.diag(moment_CC) < 0).any():
+        raise InputError("the second moments of a matrix's inputs are not finite sums of squares", fix="profile again")
 
 
 def factor(moment_CC: np.ndarray, damp: float) -> np.ndarray:
@@ -90,9 +143,8 @@ def factor(moment_CC: np.ndarray, damp: float) -> np.ndarray:
 
     if not damp > 0:
         raise InputError(f"the damping is {damp}", expected="a number above 0", fix="use 0.01")
+    _check(moment_CC)
     diagonal_C = np.diag(moment_CC)
-    if not np.isfinite(moment_CC).all() or (diagonal_C < 0).any():
-        raise InputError("the second moments of a matrix's inputs are not finite sums of squares", fix="profile again")
     mean = float(diagonal_C.mean()) or 1.0
     damped_CC = moment_CC[::-1, ::-1].copy()  # M upper with M M^T = H is the flipped lower factor of the flipped H
     damped_CC.reshape(-1)[:: len(damped_CC) + 1] += np.where(diagonal_C[::-1] == 0, mean, damp * mean)

@@ -22,11 +22,14 @@ class Encoding:
     """One change of weights after keeping and merging. method: catalogue name; options: its options.
 
     codec: the number format whose grid the new values lie on ('int4:64', ...), or 'stored' when they stay plain numbers.
+    chained: of methods that read inputs: an expert's last matrix is fitted to what its others give it after they were encoded, and to
+    the output that they would have had.
     """
 
     method: str
     codec: str = STORED
     options: dict[str, Any] = field(default_factory=dict)
+    chained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +153,7 @@ class CompressionPlan(Plan):
     @classmethod
     def decode(cls, data: dict[str, Any]) -> dict[str, Any]:
         data["layers"] = tuple(_layer(la) for la in data["layers"])
-        data["encodings"] = tuple(Encoding(**e) for e in data.get("encodings", ()))
+        data["encodings"] = tuple(_encoding(e) for e in data.get("encodings", ()))
         data["tensors"] = {str(name): _whole(numbers) for name, numbers in data.get("tensors", {}).items()}
         data["protected"] = tuple(ExpertKey(*_whole(key)) for key in data.get("protected", ()))
         for name in ("dropped", "stated"):
@@ -315,6 +318,12 @@ def _layer(data: dict[str, Any]) -> LayerChange:
     return LayerChange(int(data["ordinal"]), slots, rows, None if loss is None else float(loss), taps)
 
 
+def _encoding(data: dict[str, Any]) -> Encoding:
+    if not isinstance(data.get("chained", False), bool):
+        raise ValueError(f"chained is {data['chained']!r}, not true or false")
+    return Encoding(**data)
+
+
 def _numbers(data: dict[str, Any]) -> dict[str, Any]:
     """The lists of numbers of a slot or a row as tuples."""
     found = {name: _whole(data[name]) for name in ("sources", "neurons", "encodings") if name in data}
@@ -329,5 +338,5 @@ def _whole(values: Any) -> tuple[int, ...]:
 
 def _brief(value: Any) -> dict[str, Any]:
     """A value's fields without those that are empty or as usual."""
-    usual = {"codec": STORED}
+    usual = {"codec": STORED, "chained": False}
     return {name: v for name, v in asdict(value).items() if v not in ((), {}, None) and v != usual.get(name)}
