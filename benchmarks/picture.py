@@ -89,7 +89,7 @@ def plot_scaling(report: dict[str, Any], path: Path) -> None:
             ax.set_ylabel("ms per decode step")
             ax.set_xscale("log", base=2)
             ticks = [r[where] for r in rows]
-            ax.set_xticks(ticks, [str(t) for t in ticks])
+            ax.set_xticks(ticks, [str(t) if t < 1024 else f"{t // 1024}k" for t in ticks])
         ax.set_ylim(bottom=0)
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=8)
