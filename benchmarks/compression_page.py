@@ -38,6 +38,12 @@ COLOURS = (
 )
 TITLES = {"mixed": "the model trained here", "smollm2": "SmolLM2 with two experts"}
 
+GPTQS = {
+    "gptq": "GPTQ beats round-to-nearest",
+    "gptq, ordered": "... with the largest inputs first",
+    "gptq, apart": "... with each matrix fitted by itself",
+}
+
 Row = dict[str, Any]
 
 
@@ -122,14 +128,12 @@ def claims(report: dict[str, Any]) -> str:
     lines: list[list[str] | None] = []
     for model in TITLES:
         for codec in ("uint4:64", "int4:64", "int3:64"):
-            lines.append(pair(report, f"GPTQ beats round-to-nearest ({codec})", model, ("gptq", codec), ("rtn", codec)))
-            first = f"... with the largest inputs first ({codec})"
-            lines.append(pair(report, first, model, ("gptq, ordered", codec), ("rtn", codec)))
-            apart = f"GPTQ's last matrices make good what the others lost ({codec})"
-            lines.append(pair(report, apart, model, ("gptq", codec), ("gptq, apart", codec)))
-            lines.append(
-                pair(report, f"... also when that fits its ranges ({codec})", model, ("gptq", codec), ("rtn, search", codec))
-            )
+            for name, claim in GPTQS.items():
+                lines.append(pair(report, f"{claim} ({codec})", model, (name, codec), ("rtn", codec)))
+            fitted = f"... also when that fits its ranges ({codec})"
+            lines.append(pair(report, fitted, model, ("gptq", codec), ("rtn, search", codec)))
+            good = f"last matrices that make good what the others lost are better ({codec})"
+            lines.append(pair(report, good, model, ("gptq", codec), ("gptq, apart", codec)))
         for bits, uniform in (("2.5 bits", "int2:32"), ("3.25 bits", "int3:64")):
             for budget in ("mc_moe", "mc_sharp"):
                 for scope in ("", ", scope model", ", alpha 0.0, beta 0.0", ", alpha 0.0, beta 0.0, scope model"):
