@@ -7,7 +7,7 @@ import importlib
 import os
 from typing import Any
 
-LEVELS = ("numpy", "scalar", "neon", "neondot", "avx2", "avxvnni", "avx512", "avx512vnni")
+LEVELS = ("numpy", "scalar", "neon", "neondot", "avx2", "avxvnni", "avx512", "avx512vnni", "amx")
 
 
 @functools.cache

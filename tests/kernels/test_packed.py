@@ -70,7 +70,7 @@ def test_every_level_gives_numpys_bits(level, format, group):
         alone = np.stack([product(row) for row in x[:5]])
         found = linear(x, some)
         assert (found[:5] == alone).all()
-        for count, threads in ((1, 1), (2, 2), (7, 3), (129, 2)):
+        for count, threads in ((1, 1), (2, 2), (7, 3), (13, 1), (129, 2)):
             assert (linear(x[:count], some, threads=threads) == found[:count]).all()
 
 

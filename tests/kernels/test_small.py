@@ -260,6 +260,14 @@ def test_the_environment_chooses_the_level(wanted):
         assert result.stdout.strip() == (wanted or native.levels()[-1])
 
 
+@pytest.mark.parametrize("absent", [name for name in native.LEVELS if name not in native.levels()])
+def test_a_level_that_is_not_there_is_refused_by_name(absent, monkeypatch):
+    assert set(native.levels()) <= set(native.LEVELS)
+    monkeypatch.setenv("MOESTRO_KERNELS", absent)
+    with pytest.raises(ValueError, match=f"MOESTRO_KERNELS={absent}, but "):
+        native.extension.__wrapped__()
+
+
 def test_kernels_work_after_a_fork(level):
     """A forked child has none of its parent's threads."""
     code = """

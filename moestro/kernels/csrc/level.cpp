@@ -4,13 +4,33 @@
 #include <stdexcept>
 
 #include "packed.hpp"
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
 
 namespace moestro {
 namespace {
+
+#if defined(__x86_64__)
+// Whether this process may multiply tiles of bytes with AMX; asks the kernel for it. Only on a processor with AVX.
+bool may_use_amx() {
+#if defined(__linux__)
+    unsigned a, b, c, d;
+    constexpr unsigned TILES_AND_INT8 = 3u << 24, STATES = 3u << 17;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & TILES_AND_INT8) != TILES_AND_INT8) return false;
+    __asm__("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, from Linux 5.16
+    return (a & STATES) == STATES && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+#endif
 
 std::vector<FfnLevel> found() {
     std::vector<FfnLevel> out;
@@ -31,7 +51,10 @@ std::vector<FfnLevel> found() {
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
             __builtin_cpu_supports("avx512dq")) {
             add("avx512", ffn_avx512(), packed_avx2(), packed_scalar());
-            if (__builtin_cpu_supports("avx512vnni")) add("avx512vnni", ffn_avx512(), packed_avx512vnni(), nullptr);
+            if (__builtin_cpu_supports("avx512vnni")) {
+                add("avx512vnni", ffn_avx512(), packed_avx512vnni(), nullptr);
+                if (packed_amx() && may_use_amx()) add("amx", ffn_avx512(), packed_amx(), nullptr);
+            }
         }
     }
 #endif

@@ -39,6 +39,7 @@ const PackedLevel* packed_scalar();
 const PackedLevel* packed_avx2();
 const PackedLevel* packed_avxvnni();
 const PackedLevel* packed_avx512vnni();
+const PackedLevel* packed_amx();
 const PackedLevel* packed_neon();
 const PackedLevel* packed_neondot();
 

@@ -50,7 +50,10 @@ bool encodes_like_scalar(const PackedLevel& level, Format format, int group, con
 
 bool agrees_with_scalar(const PackedLevel& level) {
     constexpr int64_t cols = 192, blocks = cols / STEP;
-    constexpr int rows = 19, tiles = 2, most = rows * blocks;
+    constexpr int rows = 19, tiles = 3, most = rows * blocks;
+    constexpr struct {
+        int rows, tiles;
+    } calls[] = {{1, tiles}, {3, 1}, {11, 1}, {rows, 2}};  // alone and in pairs, few and many
     const PackedLevel& scalar = *packed_scalar();
     Draw draw;
     float x[rows * cols];
@@ -72,10 +75,10 @@ bool agrees_with_scalar(const PackedLevel& level) {
         for (int planes = 0; planes < (format == Format::tiles_nested ? 3 : 1); ++planes) {
             const MatrixRef w{format, base.data(), 0,     TILE * tiles, cols, nullptr, 0, true,
                               group,  planes > 0 ? third.data() : nullptr, planes > 1 ? fourth.data() : nullptr};
-            for (int some : {1, 3, rows}) {
+            for (auto [some, count] : calls) {
                 float found[2][tiles * rows * TILE];
-                for (int k = 0; k < 2; ++k) (k ? level : scalar).product(w, 0, tiles, {codes[0], scales[0], sums[0], some}, found[k]);
-                if (std::memcmp(found[0], found[1], sizeof(float) * tiles * some * TILE)) return false;
+                for (int k = 0; k < 2; ++k) (k ? level : scalar).product(w, 0, count, {codes[0], scales[0], sums[0], some}, found[k]);
+                if (std::memcmp(found[0], found[1], sizeof(float) * count * some * TILE)) return false;
             }
         }
     }

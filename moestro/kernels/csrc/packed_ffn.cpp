@@ -1,4 +1,4 @@
-// Experts and linear maps from packed tiles: which thread rounds and multiplies what when. The arithmetic is in packed_tile.hpp.
+// Experts and linear maps from packed tiles: which thread rounds and multiplies what when. The arithmetic is in packed_tile.hpp and packed_amx.cpp.
 #include <mutex>
 
 #include "level.hpp"

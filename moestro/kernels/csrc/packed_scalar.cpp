@@ -134,7 +134,7 @@ Ints codes_of(const Bytes& w, int input) {
 }
 
 // A row of a tile: the product with each input alone.
-template <Format F, int EXTRA = 0>
+template <Format F, int EXTRA>
 void unpack(const MatrixRef& w, int64_t row, float* out) {
     using S = Streams<F, EXTRA>;
     S s(w, row / TILE);
@@ -158,19 +158,7 @@ void unpack(const MatrixRef& w, int64_t row, float* out) {
 }  // namespace
 
 void unpack_row(const MatrixRef& w, int64_t row, float* out) {
-    switch (w.format) {
-        case Format::tiles_int8: return unpack<Format::tiles_int8>(w, row, out);
-        case Format::tiles_int4: return unpack<Format::tiles_int4>(w, row, out);
-        case Format::tiles_int3: return unpack<Format::tiles_int3>(w, row, out);
-        case Format::tiles_int2: return unpack<Format::tiles_int2>(w, row, out);
-        case Format::tiles_mxfp4: return unpack<Format::tiles_mxfp4>(w, row, out);
-        case Format::tiles_nested:
-            if (w.fourth) return unpack<Format::tiles_nested, 2>(w, row, out);
-            if (w.third) return unpack<Format::tiles_nested, 1>(w, row, out);
-            return unpack<Format::tiles_nested, 0>(w, row, out);
-        case Format::tiles_uint4: return unpack<Format::tiles_uint4>(w, row, out);
-        default: return;
-    }
+    in_its_format(w, [&](auto kind) { unpack<decltype(kind)::format, decltype(kind)::extra>(w, row, out); });
 }
 
 const PackedLevel* packed_scalar() {
