@@ -210,7 +210,7 @@ def compressed(read: Reader, name: str, codec: str) -> dict[str, Any]:
     found |= {"largest_difference": largest, "companions": companions(out, read.models[name])}
     del state
     # The library makes bfloat16 of mxfp4, which holds its numbers; products are to be in float32 as the reference's.
-    stock = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).float().eval()
+    stock = torch.nn.Module.float(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)).eval()
     return found | {"against_reference": compared(logits(stock, read.ids), reference(source.path, read.ids))}
 
 

@@ -80,11 +80,14 @@ def bits(
 ) -> int:
     """Decide in how many bits weights are kept. Changes nothing yet."""
     from moestro.cli.compress import read_compression, read_profile
+    from moestro.cli.run import check_target
     from moestro.compress.bits import BitsWish, plan_bits
     from moestro.compress.trunk import told, trunk_matrices
     from moestro.models.checkpoint import Checkpoint
     from moestro.models.families import describe
 
+    if output is not None:
+        check_target(output, "--output")
     name, options = method_choice(method)
     chooser, chooser_options = method_choice(budget)
     rescaling, rounding = method_choice(smooth), method_choice(router)

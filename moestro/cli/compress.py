@@ -94,12 +94,15 @@ def plan(
     as_json: Json = False,
 ) -> int:
     """Decide what to remove, merge, narrow or encode, from a profile. Changes nothing yet."""
+    from moestro.cli.run import check_target
     from moestro.compress.planner import Wish, plan_compression, unseen_experts
     from moestro.compress.trunk import plain_matrices, told, trunk_matrices
     from moestro.core.plans.compression import STORED
     from moestro.models.checkpoint import Checkpoint
     from moestro.models.families import describe
 
+    if output is not None:
+        check_target(output, "--output")
     name, options = method_choice(method)
     wish = Wish(
         keep=keep, ratio=ratio, budget=budget, fuse=fuse, align=align, router=router, codec=codec, trunk_codec=trunk_codec, protect=protect,

@@ -42,7 +42,8 @@ def evaluate(
 
     from moestro.cli.compress import read_compression
     from moestro.cli.profile import _opened, _tokenizer
-    from moestro.compress.record import read_plan_of, update_record
+    from moestro.cli.run import check_target
+    from moestro.compress.record import MANIFEST, read_plan_of, update_record
     from moestro.core.plans.compression import Judged
     from moestro.evaluate.comparison import compare
     from moestro.models.hub import locate
@@ -53,6 +54,9 @@ def evaluate(
     given = read_compression(plan) if plan is not None else None
     if given is not None and given.layers != made.layers:
         bad_argument(f"{plan} is not the plan that {model} was made by", "that plan, or none")
+    check_target(locate(model) / MANIFEST, "place for the model: what is found is written into its folder")
+    if plan is not None:
+        check_target(plan, "--plan")
     documents = read(data)
     with _opened(against, runner, memory, dtype, threads, length) as original:
         made.check(original.facts)

@@ -88,6 +88,7 @@ def residency(
     as_json: Json = False,
 ) -> None:
     """Decide which experts are kept in memory, from headers, a disk probe and maybe a trace. Loads nothing, but for --quality."""
+    from moestro.cli.run import check_target
     from moestro.core.trace import Trace
     from moestro.engine import memory as accounting
     from moestro.engine.quality import plan_quality
@@ -96,6 +97,8 @@ def residency(
     from moestro.models.checkpoint import Checkpoint
     from moestro.models.families import describe
 
+    if output is not None:
+        check_target(output, "--output")
     checkpoint = Checkpoint.open(with_revision(model, revision))
     layout = describe(checkpoint)
     budget = parse_size(memory) if memory is not None else accounting.available() * 9 // 10

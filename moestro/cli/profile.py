@@ -92,7 +92,7 @@ def profile(
     from moestro.profile.sources import read
 
     partial = Path(f"{output}.partial")
-    check_target(output)
+    check_target(output, "--output")
     if partial.exists() and not resume:
         raise ProfileError(
             f"an unfinished profile is at {partial}", expected="none, or --resume", fix=f"give --resume, or remove {partial}"

@@ -163,18 +163,18 @@ def run(
                 recorded.save(trace)
 
 
-def check_target(trace: Path) -> None:
-    """Raises StorageError before the run when its trace could not be written after it."""
+def check_target(path: Path, flag: str = "--trace") -> None:
+    """Raises StorageError before the work when its result could not be written to this file after it. flag: what names it."""
     import os
 
     from moestro.core.errors import StorageError
 
-    above = next(folder for folder in trace.absolute().parents if folder.exists())
-    if trace.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
         raise StorageError(
-            f"no trace can be written to {trace}",
+            f"nothing can be written to {path}",
             expected="a file in a folder that may be written to",
-            fix="choose another --trace",
+            fix=f"choose another {flag}",
         )
 
 

@@ -39,11 +39,14 @@ def tasks(
     as_json: Json = False,
 ) -> None:
     """Decide which experts each task needs, from a profile of each. Changes nothing: the model's folder stays as it is."""
+    from moestro.cli.run import check_target
     from moestro.compress.retrieval import retrieval
     from moestro.models.checkpoint import Checkpoint
     from moestro.models.families import describe
     from moestro.profile.profile import Profile
 
+    if output is not None:
+        check_target(output, "--output")
     checkpoint = Checkpoint.open(with_revision(model, revision))
     named = [(name or Path(file).stem, file) for name, _, file in (_split(text) for text in profile)]
     profiles = [(name, Profile.open(Path(file))) for name, file in named]

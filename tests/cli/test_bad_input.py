@@ -246,7 +246,11 @@ TABLE: dict[str, tuple[Case, ...]] = {
             leaves="new.partial",
         ),
         Case(full("os.replace"), PLAN, ("plan.json", "No space left")),
-        Case(nothing, "run {m} Hello --plan {d}/plan.json --trace {m}/config.json/a.trace", ("no trace can be written",)),
+        Case(
+            nothing,
+            "run {m} Hello --plan {d}/plan.json --trace {m}/config.json/a.trace",
+            ("nothing can be written", "another --trace"),
+        ),
     ),
     "file changed between plan and run": (
         Case(config(rope_theta=5.0), RUN, ("made for", "same files")),

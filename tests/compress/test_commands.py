@@ -178,12 +178,19 @@ def test_unseen_experts_are_told(moestro, work, tmp_path):  # noqa: F811
     assert moestro(*arguments, "--allow-unseen").code == 0
 
 
-def test_bad_ways_to_apply(moestro, work, tmp_path):  # noqa: F811
+def test_bad_ways_to_apply(moestro, work, tmp_path, monkeypatch):  # noqa: F811
     planned(moestro, work, "reap", "--keep", "6", output="six.json")
     assert moestro("apply", work / "six.json", "-o", tmp_path / "o", "--codec", "int4:32").code == 2
     assert moestro("apply", work / "six.json", "-o", work / "model").code == 2
     save_tiny("olmoe", tmp_path / "changed", seed=1, vocab_size=96)
     done = moestro("apply", work / "six.json", "-o", tmp_path / "o", "--model", tmp_path / "changed")
     assert done.code == 2 and "was made for" in done.err and not (tmp_path / "o").exists()
+    done = moestro("plan", "reap", work / "model", "--profile", work / "p", "--keep", "6", "-o", work / "book.txt" / "plan.json")
+    assert done.code == 2 and "another --output" in done.err
+    assert moestro("apply", work / "six.json", "-o", tmp_path / "six", "-q").code == 0
+    monkeypatch.setattr("os.access", lambda *a, **k: False)
+    monkeypatch.setattr("moestro.evaluate.comparison.compare", lambda *a: pytest.fail("found out after the work"))
+    done = moestro("eval", tmp_path / "six", "--against", work / "model", "--data", work / "other.txt")
+    assert done.code == 2 and "written into its folder" in done.err
     done = moestro("eval", work / "model", "--against", work / "model", "--data", work / "other.txt")
     assert done.code == 2 and "no moestro.json" in done.err

@@ -1,4 +1,4 @@
-"""GGUF files hold the numbers of the coded checkpoint; llama.cpp's own run is compared in benchmarks/gguf_export.py."""
+"""GGUF files hold the numbers of the coded checkpoint; llama.cpp's own run is compared in benchmarks/exports.py."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ Rule       of each 32 inputs of a row: scale, (minimum,) codes; a scale that mor
 Needs      a checkpoint of Mixtral, OLMoE or Qwen3-MoE with a byte-level BPE tokenizer
 Gives      one .gguf file
 Departs    nothing; codecs without a block (int3, int2, nested) and pre-tokenizers whose name is not known are refused
-Checked    the gguf package dequantises every block to what the tiles stand for; llama.cpp computes the engine's logits (benchmarks/gguf_export.py)
+Checked    the gguf package dequantises every block to what the tiles stand for; llama.cpp computes the engine's logits (benchmarks/exports.py)
 """
 
 from __future__ import annotations
