@@ -291,3 +291,79 @@ def test_skips_give_every_layer_a_tap_that_leaves_the_heaviest(name, renormalise
             np.testing.assert_allclose(after.weights_TK.sum(1), weights_TK.sum(1), rtol=1e-5)
         else:
             assert ((after.weights_TK == weights_TK) | (after.weights_TK == 0)).all()
+
+
+@pytest.mark.parametrize("name", ["compress.group.m_smoe", "compress.group.output_similarity"])
+def test_the_most_used_lead_a_group_each(name):
+    for seed in range(3):
+        p = made(seed)
+        found = load(name)(LayerStats(p, 1), 3)
+        leaders = np.argsort(-p.arrays["counts_LE"][1], kind="stable")[:3]
+        assert len(set(found.labels_E[leaders].tolist())) == 3, "no two of the three most used are in one group"
+        for e in range(E):
+            assert found.labels_E[e] == found.labels_E[leaders[np.argmax(found.alike_EE[e, leaders])]], "the nearest leader's"
+        if name.endswith("m_smoe"):
+            assert found.alike_EE.min() >= 0, "a likeness of logits from 0 to 1, as the paper has it"
+
+
+def test_lots_depend_on_the_seed():
+    fn, stats = load("compress.criteria.random"), LayerStats(made(), 0)
+    assert not np.array_equal(fn(stats, seed=1), fn(stats, seed=2))
+
+
+def test_rows_that_low_rank_keeps_are_those_whose_inputs_are_loud():
+    fn, differ = load("compress.sparsify.low_rank"), 0
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        w_RC, norm_C = rng.standard_normal((8, 6)).astype(np.float32), np.exp(2 * rng.standard_normal(6))
+        u_RK, s_K, v_KC = np.linalg.svd(w_RC.astype(np.float64), full_matrices=False)
+        rest_RC = w_RC - (u_RK[:, :2] * s_K[:2]) @ v_KC[:2]
+        row, deaf = (int(np.argmax(np.linalg.norm(rest_RC * n, axis=1))) for n in (norm_C, 1.0))
+        out = fn(w_RC, norm_C, rank=2, kept=1 / 8)
+        assert np.flatnonzero(np.abs(out - w_RC).max(1) < 1e-6).tolist() == [row]
+        differ += row != deaf
+    assert differ >= 2, "without the inputs other rows would be kept"
+
+
+def test_fewer_keeps_the_most_of_all_ways_to_spend_as_many_experts():
+    from itertools import product
+
+    rng = np.random.default_rng(7)
+    for total in (3, 5, 7, 9):
+        mass_LK = np.sort(rng.random((3, 3)), axis=1)[:, ::-1] * np.array([[1.0], [30.0], [5.0]])  # texts of any length
+        found = profile({"rank_mass_LK": mass_LK}, layers=tuple(layer(E, 3) for _ in range(3)))
+        facts = [LayerFacts(i, i, E, 3, ExpertSpec(32, F), RouterFacts("softmax")) for i in range(3)]
+        made = load("compress.skip.fewer", "skip")([LayerStats(found, i) for i in range(3)], facts, average=total / 3)
+        numbers = [use.settings["number"] for use, _ in made]
+        share_LK = mass_LK / mass_LK.sum(1, keepdims=True)
+        kept = {
+            ks: sum(share_LK[i, :k].sum() for i, k in enumerate(ks)) for ks in product((1, 2, 3), repeat=3) if sum(ks) == total
+        }
+        assert sum(numbers) == total and kept[tuple(numbers)] == pytest.approx(max(kept.values()))
+
+
+@pytest.mark.parametrize("name", ["compress.skip.odp", "compress.skip.ratio"])
+def test_protected_tokens_keep_all_their_experts(name):
+    rng = np.random.default_rng(8)
+    found = profile({"weight_ratios_LKR": rng.integers(1, 9, (1, 3, 1024))}, layers=(layer(E, 3),))
+    facts = [LayerFacts(0, 0, E, 3, ExpertSpec(32, F), RouterFacts("softmax"))]
+    whole = {"share": 1.0} if name.endswith("odp") else {"threshold": 1.0}
+    routing = Routing(np.tile(np.arange(3), (10, 1)), rng.random((10, 3)).astype(np.float32))
+    x_TD = rng.standard_normal((10, 32)).astype(np.float32)
+    for protect, number in ((0.0, 0), (0.25, 3), (1.0, 10)):
+        ((use, _),) = load(name, "skip")([LayerStats(found, 0)], facts, protect=protect, **whole)
+        after = load(use.tap, "tap")(None, **use.settings)(routing, RouteContext(x_TD=x_TD))
+        loud = np.argsort(-np.abs(x_TD).sum(1))[:number]
+        used_T = (after.experts_TK >= 0).sum(1)
+        assert (used_T[loud] == 3).all() and (np.delete(used_T, loud) == 1).all()
+
+
+@pytest.mark.parametrize("role", ["gate_FD", "up_FD", "down_DF"])
+def test_an_order_that_one_matrix_alone_shows_is_found(role):
+    w, order = weights(1), np.random.default_rng(9).permutation(F)
+    still = {"gate_FD": np.zeros((F, 32)), "up_FD": np.zeros((F, 32)), "down_DF": np.zeros((32, F))}
+    array = getattr(w, role)
+    first = ExpertWeights(**{**still, role: array})
+    moved = ExpertWeights(**{**still, role: array[order] if role != "down_DF" else array[:, order]})
+    found_F = load("compress.fuse.alignment", "align")(first, moved)
+    assert np.array_equal(order[found_F], np.arange(F))
