@@ -92,3 +92,25 @@ def test_nothing_stays_plain_silently(coded, tmp_path):
     with pytest.raises(InputError, match="not a coded checkpoint"):
         compressed_tensors(Checkpoint.open(coded("int4:32", "").path.parent / "model"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_transformers_loads_a_folder_whose_head_is_the_embedding(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from moestro.compress.bits import BitsWish, plan_bits
+    from moestro.models.open import open_model
+
+    save_tiny("mixtral", tmp_path / "model", **WIDE, tie_word_embeddings=True)
+    checkpoint = Checkpoint.open(tmp_path / "model")
+    layout = describe(checkpoint)
+    assert "lm_head.weight" not in checkpoint.tensors
+    plan = plan_bits(checkpoint, layout, BitsWish("compress.encode.rtn", ("int8:32",), trunk="int8:32")).plan
+    small = compress(plan, checkpoint, layout, tmp_path / "small", encoder=Encoder(plan, layout.facts), form=CodedJob).checkpoint
+    made = compressed_tensors(small, tmp_path / "out")
+    assert "lm_head" in made.config["quantization_config"]["ignore"]
+    ids = torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        stock = AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float32)(ids).logits
+        mine = open_model(small).module(ids).logits
+    torch.testing.assert_close(stock, mine, atol=2e-2, rtol=0)  # the library multiplies in float16 what the tiles do in float32

@@ -79,6 +79,8 @@ def compressed_tensors(
         for n, ref in tensors.items()
         if n.endswith(".weight") and len(ref.shape) == 2 and n not in coded and not _embedding(n)
     ]
+    if layout.facts.tied_embeddings:
+        ignored.append("lm_head")  # readers make a module of it, whose numbers are the embedding's
     check_room(out, sum(ref.nbytes for ref in tensors.values()))
     with CheckpointWriter(out, config | {"quantization_config": described(coded, ignored)}, overwrite=overwrite) as writer:
         for name in sorted(tensors, key=lambda n: (tensors[n].file, tensors[n].offset)):
