@@ -5,7 +5,7 @@
 Of each model a native folder (experts removed and merged), and for each codec tiles, compressed-tensors and GGUF are written and read by
 what they are for, on the same tokens. The reference is stock transformers in float32 on the numbers that the files stand for (in bfloat16 where the library makes that of mxfp4):
 
-- native: stock transformers' logits of the folder, against the live model with the same plan; every weight is compared too;
+- native: stock transformers' logits of the folder, against the live model with the same plan; every weight is compared too, in the file's number format;
 - packed: moestro's engine on the tiles;
 - compressed-tensors: that library decompresses each matrix, number by number as the tiles; then transformers loads the folder with it;
 - gguf: llama.cpp, and its tokens of the text. Float files are plain models; coded ones are also held against moestro's engine.
@@ -142,7 +142,17 @@ def native(read: Reader, name: str) -> dict[str, Any]:
     live = compress_live(plan, open_model(checkpoint)).module
     stock, said = AutoModelForCausalLM.from_pretrained(made.path, dtype="auto", output_loading_info=True)
     mine, theirs = live.state_dict(), stock.state_dict()
-    same = mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
+    formats = [
+        d
+        for d, name_of in ((torch.bfloat16, "BF16"), (torch.float16, "F16"))
+        if any(t.dtype == name_of for t in made.tensors.values())
+    ]
+
+    def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+        """A file keeps each tensor's number format, where the live model may hold a merged row in more digits."""
+        return torch.equal(one, other) or any(torch.equal(one.to(d).to(other.dtype), other) for d in formats)
+
+    same = mine.keys() == theirs.keys() and all(equal(mine[n], theirs[n]) for n in mine)
     faults = sum(len(said[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return {
         "form": "native",
