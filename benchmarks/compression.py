@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import hashlib
 import json
 import math
@@ -155,6 +156,8 @@ class Opened:
         applied = time.process_time()
         origins = [[la.slots[row.slot].sources for row in la.routed] for la in plan.layers]
         found = compare(changed, self.original, self.bench.held_out, origins)
+        del changed
+        gc.collect()  # the changed model's modules refer to each other; a second one need not fit beside it
         return {
             "perplexity": found.quality.perplexity,
             "ratio": found.quality.perplexity / found.reference.perplexity,

@@ -189,14 +189,15 @@ def formats(name: str, codecs: Iterable[str]) -> list[str]:
 
 
 def mixtures(budgets: Iterable[str]) -> Iterator[Cell]:
-    """Every budget of bits over fitted rounding, which is quick to try in every width, and the usual one over GPTQ and at more bits."""
+    """Every budget of bits over fitted rounding, which is quick to try in every width, the usual one, as it is and freest, over GPTQ as well, and at more bits."""
     rounded = {"options": {"search": True}}
     for budget in budgets:
         scopes: tuple[dict[str, Any], ...] = ({}, {"scope": "model"}) if _has(budget, "scope") else ({},)
         if budget == USUAL_BUDGET:  # the error of the output says by itself how often an expert is used, and how heavily
             scopes = (*scopes, {"alpha": 0.0, "beta": 0.0}, {"alpha": 0.0, "beta": 0.0, "scope": "model"})
         for options in scopes:
-            for method, wish in ((ROUNDED, rounded), *(((LAST, {}),) if budget == USUAL_BUDGET and not options else ())):
+            fitted = budget == USUAL_BUDGET and options in ({}, scopes[-1])
+            for method, wish in ((ROUNDED, rounded), *(((LAST, {}),) if fitted else ())):
                 title = f"{short(budget)} of {short(method)}" + (f", {said(options)}" if options else "")
                 for bits in MEANS if budget == USUAL_BUDGET else MEANS[:1]:
                     wish = wish | {"codecs": MIXED, "bits": bits, "budget": budget, "budget_options": options}
