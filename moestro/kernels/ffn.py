@@ -290,5 +290,7 @@ _ERF = np.vectorize(math.erf, otypes=[np.float64])
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
-    e = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1 / (1 + e), e / (1 + e)).astype(np.float32)
+    """1 / (1 + exp(-x)), float32; where exp overflows the result is the 0 that it rounds to."""
+    y = np.exp(np.negative(x, dtype=np.float32))
+    y += 1
+    return np.reciprocal(y, out=y)

@@ -5,6 +5,7 @@ Shapes: n tokens, C inputs of the matrix, D model width, F expert width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +15,7 @@ from moestro.core.experts import ExpertSpec, ExpertWeights
 from moestro.kernels.ffn import activate
 
 RIDGE = 3.0  # of `ExpertInputs.chained`: what each input's mean square is raised by for as many tokens as inputs, as a share
+PART = 2048  # tokens whose hidden numbers are in memory together
 PRIOR = 256  # tokens of the expert's own that weigh as much as all other tokens of the layer together
 
 
@@ -76,8 +78,10 @@ class ExpertInputs:
 
     def last(self, weights: ExpertWeights) -> Inputs:
         """Of 'down'."""
-        moment_FF = sum(share * _moment(hidden(self.x_TD[rows], weights, self.spec)) for share, rows in self._samples())
-        return Inputs(np.asarray(moment_FF), len(self.own_n), self.borrowed)
+        moment_FF = np.zeros((weights.down_DF.shape[1],) * 2)
+        for share, x_nD in self._parts():
+            moment_FF += share * _squares(hidden(x_nD, weights, self.spec))
+        return Inputs(moment_FF, len(self.own_n), self.borrowed)
 
     def chained(self, weights: ExpertWeights, encoded: ExpertWeights) -> tuple[Inputs, np.ndarray]:
         """(what `gate` and `up` of the encoded weights give to 'down', down_DF moved to make good what they lost of the plain ones').
@@ -89,13 +93,14 @@ class ExpertInputs:
         from scipy.linalg import solve
 
         down_DF = weights.down_DF
-        moment_FF, lost_FD, spread = np.zeros((down_DF.shape[1],) * 2), np.zeros(down_DF.shape[::-1]), 0.0
-        for share, rows in self._samples():
-            x_nD = self.x_TD[rows]
+        moment_FF, lost_FD = np.zeros((down_DF.shape[1],) * 2), np.zeros(down_DF.shape[::-1])
+        for share, x_nD in self._parts():
             h_nF = hidden(x_nD, encoded, self.spec)
-            moment_FF += share * _moment(h_nF)
-            lost_FD += share / max(1, len(rows)) * (h_nF.T @ ((hidden(x_nD, weights, self.spec) - h_nF) @ down_DF.T))
-            spread += share**2 / max(1, len(rows))
+            moment_FF += share * _squares(h_nF)
+            lost_nF = hidden(x_nD, weights, self.spec)
+            lost_nF -= h_nF
+            lost_FD += share * (h_nF.T @ (lost_nF @ down_DF.T))
+        spread = sum(share**2 / len(rows) for share, rows in self._samples())
         inputs = Inputs(moment_FF, len(self.own_n), self.borrowed)
         _check(moment_FF)
         if not np.isfinite(lost_FD).all():  # whoever encodes it says what is wrong with down_DF
@@ -111,7 +116,14 @@ class ExpertInputs:
     def _samples(self) -> list[tuple[float, np.ndarray]]:
         """(weight, rows) of the expert's own tokens and of some of all."""
         some_T = np.arange(0, len(self.x_TD), max(1, len(self.x_TD) // max(1, self.prior)))
-        return [(share, rows) for share, rows in ((1 - self.borrowed, self.own_n), (self.borrowed, some_T)) if share]
+        found = ((1 - self.borrowed, self.own_n), (self.borrowed, some_T))
+        return [(share, rows) for share, rows in found if share and len(rows)]
+
+    def _parts(self) -> Iterator[tuple[float, np.ndarray]]:
+        """(weight of a token, inputs) of these, no more than PART together."""
+        for share, rows in self._samples():
+            for start in range(0, len(rows), PART):
+                yield share / len(rows), self.x_TD[rows[start : start + PART]]
 
 
 def hidden(x_nD: np.ndarray, weights: ExpertWeights, spec: ExpertSpec) -> np.ndarray:
@@ -126,10 +138,15 @@ def hidden(x_nD: np.ndarray, weights: ExpertWeights, spec: ExpertSpec) -> np.nda
 
 
 def _moment(x_nC: np.ndarray) -> np.ndarray:
-    x_nC = x_nC.astype(np.float32, copy=False)
-    moment_CC = (x_nC.T @ x_nC).astype(np.float64)
+    moment_CC = _squares(x_nC).astype(np.float64)
     moment_CC /= max(1, len(x_nC))
     return moment_CC
+
+
+def _squares(x_nC: np.ndarray) -> np.ndarray:
+    """Sum of x x^T, float32."""
+    x_nC = x_nC.astype(np.float32, copy=False)
+    return x_nC.T @ x_nC
 
 
 def _check(moment_CC: np.ndarray) -> None:
