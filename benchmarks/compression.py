@@ -59,7 +59,7 @@ PLAIN_BITS = (
     16  # what a weight that is not encoded counts: models are published in 16 bits, and rounding to bfloat16 changes little
 )
 PROBES = {"similarity": {"tokens": 8}}
-SHOWN = ("mixed", "smollm2")
+SHOWN = ("mixed", "duplicates", "smollm2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,7 +415,7 @@ def summary(found: dict[str, Any]) -> list[dict[str, Any]]:
 def by_method(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """For the pages of the methods: where the curves are, and a table for each method that a plan is made with.
 
-    A method that only takes part in others' plans, such as a way to fuse, has its rows at one level.
+    A method that only takes part in others' plans, such as a way to fuse, has its rows at two levels.
     """
     tables: dict[str, list[list[str]]] = {}
     for row in rows:
@@ -423,7 +423,7 @@ def by_method(rows: list[dict[str, Any]]) -> dict[str, Any]:
             continue
         main = row["methods"][1 if row["kind"] == "bits" else 0]
         for method in row["methods"]:
-            if method == main or (row["kind"] == "group" and row["level"] == "-25 %"):
+            if method == main or (row["kind"] == "group" and row["level"] in ("-25 %", "-50 %")):
                 some = f" ({row['low']:.4f} to {row['high']:.4f})" if len(row["seeds"]) > 1 else ""
                 told = [row["model"], row["name"], row["level"], f"{row['bits']:.2f}", f"{row['ratio']:.4f}{some}"]
                 tables.setdefault(method, []).append(told)

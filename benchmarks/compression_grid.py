@@ -53,6 +53,12 @@ MIXED = ("int2:64", "int3:64", "int4:64")  # what budgets of bits choose from
 MEANS = (2.5, 3.25)  # bits of a weight with its scales: those of int2:32 and of int3:64
 GUARDED = ("uint4:64", "int8:64"), 4.75  # four bits, and eight for the layers that suffer most
 EVERY_FUSE = "compress.group.hierarchical"  # the grouping that every way to fuse is tried with; the others have the usual one
+UNIFORM, ALIGNMENT = "compress.budget.uniform", "compress.fuse.alignment"
+REPOINTED = {  # how routers that keep their width lead to merged experts, with a word for what is unusual
+    "": {"budget": UNIFORM, "align": True},
+    ", threshold": {"budget": "compress.budget.threshold", "align": True},
+    ", unaligned": {"budget": UNIFORM, "align": False},
+}
 REMOVING = ("criterion", "search", "group")
 OTHER = (*(kind for kind in KINDS if kind not in REMOVING), "bits", "several")
 # Some of several steps; encoders at 4 and 3 bits after the least and the most usual shares.
@@ -94,10 +100,11 @@ class Cell:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Every method of the catalogue that has a part in it."""
+        """Every method of the catalogue that has a part in it, or is left out of it on purpose."""
         named = [step.method for step in self.steps]
         for step in self.steps:
             named += [f"compress.fuse.{step.wish['fuse']}"] if "fuse" in step.wish else []
+            named += [ALIGNMENT] if "align" in step.wish else []
             named += [step.wish[key] for key in ("budget", "smooth", *(["router"] if step.bits else [])) if key in step.wish]
         return tuple(dict.fromkeys(named))
 
@@ -131,8 +138,10 @@ def grid(kinds: Iterable[str], d_expert: int) -> list[Cell]:
                     wish = {"ratio": ratio, "fuse": short(fuse)}
                     found.append(Cell(f"{short(name)} + {short(fuse)}", share(ratio), kind, (Step(name, wish),)))
                     if short(fuse) == Wish().fuse:  # every row of the router stays and leads to the expert that its own went into
-                        step = Step(name, wish | {"router": "repoint"})
-                        found.append(Cell(f"{short(name)} + {short(fuse)}, repoint", share(ratio), kind, (step,)))
+                        variants = REPOINTED if name == EVERY_FUSE else {"": {}}
+                        for title, more in variants.items():
+                            step = Step(name, wish | {"router": "repoint"} | more)
+                            found.append(Cell(f"{short(name)} + {short(fuse)}, repoint{title}", share(ratio), kind, (step,)))
         elif kind in REMOVING or kind == "neurons":
             for ratio in RATIOS:
                 wish = {"ratio": ratio} if kind in REMOVING else {"keep": round(d_expert * (1 - ratio))}
