@@ -54,7 +54,7 @@ def test_every_method_that_makes_plans_takes_part():
 
 def test_idle_experts_cost_nothing_and_the_curve_says_so(reduced):
     rows = {(r["name"], r["level"]): r for r in reduced["summary"]}
-    assert len(rows) == 12
+    assert len(rows) == 18
     quarter = rows["reap", "-25 %"]  # 3 of 12 experts are idle
     assert quarter["agreement"] == 1 and quarter["ratio"] == pytest.approx(1, abs=1e-6) and quarter["bits"] == 12
     assert rows["random", "-25 %"]["agreement"] < 0.95
