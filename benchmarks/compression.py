@@ -322,11 +322,13 @@ def tiny(work: Path) -> Bench:
 class Record:
     """The results file: a cell stays while its plan's steps, model and texts are the same. fresh: unless it is chosen."""
 
+    question = QUESTION
+
     def __init__(self, path: Path, *, fresh: bool) -> None:
         self.path, self.fresh, self.commit = path, fresh, cells.versions()["commit"]
         before = shapes.read_json(path) if path.exists() else {}
         self.report: dict[str, Any] = {
-            "question": QUESTION,
+            "question": self.question,
             "machine": limits.machine(path.parent),
             "models": before.get("models", {}),
             "cells": before.get("cells", {}),
@@ -354,7 +356,7 @@ class Record:
         self.report["models"][bench.name] = said
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
-    def measure(self, opened: Opened, digest: str, cell: Cell, seed: int) -> None:
+    def measure(self, opened: Opened, digest: str, cell: Any, seed: int) -> None:
         """The cell, unless it is there. A plan that cannot be made is a result too."""
         name, key = f"{opened.bench.name} / {cell.name} / {cell.level} / {seed}", f"{digest} {cell.key}"
         if self.report["cells"].get(name, {}).get("key") == key and not self.fresh:
@@ -367,12 +369,13 @@ class Record:
         told |= {"methods": cell.methods, "calibrated": cell.calibrated, "key": key, "commit": self.commit}
         self.report["cells"][name] = told | found
         self.write()
-        said = found.get(
-            "error"
-        ) or "ratio {ratio:.4f}  KL {kl:.4f}  {bits:.2f} bits  ({plan_seconds} + {apply_seconds} + {eval_seconds} s)".format(
+        cells.say(f"{name:60} {found['error'] if 'error' in found else self.line(found)}")
+
+    def line(self, found: dict[str, Any]) -> str:
+        """A cell in short."""
+        return "ratio {ratio:.4f}  KL {kl:.4f}  {bits:.2f} bits  ({plan_seconds} + {apply_seconds} + {eval_seconds} s)".format(
             **found
         )
-        cells.say(f"{name:60} {said}")
 
     def write(self, **more: Any) -> None:
         self.report |= {"date": datetime.date.today().isoformat(), **more}
@@ -484,12 +487,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def path_of(args: argparse.Namespace) -> Path:
+def path_of(args: argparse.Namespace, question: str = QUESTION) -> Path:
     if args.reduced:
-        return args.work / f"{QUESTION}-reduced.json"
+        return args.work / f"{question}-reduced.json"
     info = limits.machine(args.work)
     hardware = "-".join("".join(c if c.isalnum() else " " for c in f"{info['cpu']} {info['cores']}c".lower()).split())
-    return cells.HERE / "results" / f"{QUESTION}_{hardware}_{datetime.date.today().isoformat()}.json"
+    return cells.HERE / "results" / f"{question}_{hardware}_{datetime.date.today().isoformat()}.json"
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ def tune(
         "before": before,
         "after": summary["evaluation"],
         "steps": summary["steps"],
+        "rate": config.optimiser.rate,
     }
     if as_json:
         emit(found)
