@@ -6,9 +6,11 @@ A block of the page between `<!-- figures: NAME -->` and `<!-- end -->` is repla
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import recovery_page
 from cells import HERE
 from compression_grid import OTHER, REMOVING, cells_of
 from speed_page import MISSING, filled_from, newest, rows_of
@@ -191,7 +193,13 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def filled(page: str, results: Path) -> str:
     """The page from the newest results. Raises KeyError for a block that nobody can fill."""
-    return filled_from(page, results, "compression", FIGURES)
+    trained = newest(results, "recovery")
+    more = {name: partial(_of_recovery, make, trained and trained[1]) for name, make in recovery_page.FIGURES.items()}
+    return filled_from(page, results, "compression", FIGURES | more)
+
+
+def _of_recovery(make: Callable[[dict[str, Any]], str], trained: dict[str, Any] | None, report: dict[str, Any]) -> str:
+    return make(trained) if trained else MISSING
 
 
 def pictures(report: dict[str, Any], folder: Path) -> list[Path]:
@@ -269,6 +277,8 @@ def main() -> int:
     if latest := newest(HERE / "results", "compression"):
         for path in pictures(latest[1], IMAGES):
             print(path)
+    if latest := newest(HERE / "results", "recovery"):
+        print(recovery_page.picture(latest[1], IMAGES))
     print(PAGE)
     return 0
 

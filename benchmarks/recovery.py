@@ -89,7 +89,7 @@ class Trial:
         if self.keep:
             return ("compress.retrieval",)
         name = method_choice(self.tuning)[0]
-        if not name or self.name.startswith(EVERYTHING) or self.top_k:
+        if not name or EVERYTHING in self.name or self.top_k:
             return ()
         taps = {"otp": "learned_mask", "compressed_experts": "compressed_experts"}
         return (f"train.tuning.{name}", *([f"layers.taps.{taps[name]}"] if name in taps else []))
@@ -113,15 +113,16 @@ def trials(bench: str, experts: int, steps: int) -> list[Trial]:
     patches = {"low_rank": "low_rank:rank=8", "low_rank of experts": "low_rank:rank=8,experts=true"}
     recovers = {"router_norms": "router_norms"} | patches
 
+    recovers |= {EVERYTHING: f"tsep:keep={fewer}"}
+
     def pruned(ratio: float, level: str, names: Sequence[str]) -> list[Trial]:
         start = Step(PRUNE, {"ratio": ratio})
-        return [Trial("reap", level, "pruned", start)] + [
-            Trial(f"reap + {name}", level, "pruned", start, recovers[name], steps) for name in names
-        ]
+        trained = [Trial(f"reap + {name}", level, "pruned", start, recovers[name], steps) for name in names]
+        return [Trial("reap", level, "pruned", start), *trained]
 
     if bench == TASK:
-        return [*pruned(0.5, half, ("router_norms", "low_rank of experts")), *tasks, plain]
-    found = [*pruned(0.25, most, tuple(recovers)), *pruned(0.5, half, tuple(recovers))]
+        return [*pruned(0.5, half, ("router_norms", "low_rank of experts", EVERYTHING)), *tasks, plain]
+    found = [*pruned(0.25, most, ("router_norms", *patches)), *pruned(0.5, half, tuple(recovers))]
     for level, options in (("half zeros", {"ratio": 0.5}), ("2:4", {"pattern": "2:4"})):
         start = Step(ZEROS, {"options": options})
         found += [Trial("moe_pruner", level, "zeros", start)]
@@ -151,6 +152,7 @@ class Taught(Opened):
         super().__init__(bench, work)
         self.run, self.weights, self.domains, self.sought = run, weights, domains or {}, sought or {}
         self.config = TrainConfig.from_json(shapes.read_json(run / "train.json"))
+        self._profiles: dict[tuple[str, int], Profile] = {}
 
     def measure(self, cell: Any, seed: int) -> dict[str, Any]:
         """Make, train, judge."""
@@ -226,10 +228,12 @@ class Taught(Opened):
         return read_by_task(plan, self) | {"expert_bytes": size, "bytes": size + trunk}
 
     def _of_domain(self, bench: Bench, seed: int) -> Profile:
-        probes = make(probes_for({"compress.criteria.premoe"}, None))
-        recording = Recording(self.model, as_texts(bench.calibration(seed)), probes, trace_tokens=0)
-        recording.run(self.model)
-        return recording.profile()
+        if (bench.name, seed) not in self._profiles:
+            probes = make(probes_for({"compress.criteria.premoe"}, None))
+            recording = Recording(self.model, as_texts(bench.calibration(seed)), probes, trace_tokens=0)
+            recording.run(self.model)
+            self._profiles[bench.name, seed] = recording.profile()
+        return self._profiles[bench.name, seed]
 
 
 def judged(model: Model, folder: Path, opened: Opened) -> dict[str, Any]:
@@ -309,6 +313,11 @@ class Trials(Record):
     """The results file."""
 
     question = QUESTION
+
+    def write(self, **more: Any) -> None:
+        """With the summary of the cells that are there, so that a stopped run can be shown."""
+        rows = summary(self.report["cells"])
+        super().write(**more, versions=cells.versions(), summary=rows, methods=by_method(rows))
 
     def line(self, found: dict[str, Any]) -> str:
         return "ratio {ratio:.4f}  KL {kl:.4f}  ".format(**found) + f"({found.get('train_seconds', 0)} s)"
@@ -480,7 +489,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit("--trained names no run; make it with: moestro train mixed --steps 500 -o RUN --export auto")
     sizes = (4, 8) if args.reduced else (16, 32)
     steps, seeds = (4, SEEDS[:1]) if args.reduced else (args.steps, args.seeds)
+    length = TrainConfig.from_json(shapes.read_json(run / "train.json")).data.length
     record = Trials(args.out or compression.path_of(args, QUESTION), fresh=args.fresh)
+    record.report["settings"] = {"steps": steps, "batch": BATCH, "length": length, **{k: USUAL[k] for k in ("optimiser", "rate")}}
     for seed in seeds:  # seed by seed: what was stopped has every method
         for name in args.texts:
             opened = taught(run, args.work, name, *sizes, seeds)
@@ -492,10 +503,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                     cells.say("stopped, as --minutes says; the same command goes on")
                     return 0
                 record.measure(opened, digest, cell, seed)
-    config = TrainConfig.from_json(shapes.read_json(run / "train.json"))
-    said = {"steps": steps, "batch": BATCH, "length": config.data.length, "optimiser": USUAL["optimiser"], "rate": USUAL["rate"]}
-    rows = summary(record.report["cells"])
-    record.write(versions=cells.versions(), settings=said, summary=rows, methods=by_method(rows))
     cells.say(str(record.path))
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 USUAL = {
     "steps": 200, "batch": 8, "save_every": 0, "keep": 1, "log_every": 20,
-    "optimiser": {"rate": 1e-4, "betas": [0.9, 0.98], "decay": 0.0}, "rate": {"warmup": 0.03, "final": 0.0},
+    "optimiser": {"betas": [0.9, 0.98], "decay": 0.0}, "rate": {"warmup": 0.03, "final": 0.0},
 }  # fmt: skip
 
 
@@ -51,10 +52,14 @@ def tune(
     layout = describe(checkpoint)
     length = min(128, layout.facts.context)
     base = {**USUAL, "data": {"tokenizer": str(checkpoint.path), "length": length}, "model": {"context": layout.facts.context}}
-    config = changed(base, settings, data__sources=data, steps=steps)
+    changed(
+        deepcopy(base), settings, data__sources=data, steps=steps
+    )  # what is wrong with the settings is said before models are read
     student = Pretrained(open_model(checkpoint, "float32"))
     teacher = None if against is None else Pretrained(open_model(against))
     tuning = tuned.make(name, student, teacher, options)
+    usual = deepcopy(base) | {"optimiser": {**USUAL["optimiser"], "rate": tuning.rate}}
+    config = changed(usual, settings, data__sources=data, steps=steps)
     work = output.with_name(output.name + ".training")
     report = Progress(quiet or as_json)
     with stopping() as stop:

@@ -37,11 +37,15 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """objective and phases: as the loop takes them. finish: folds what was trained into the model and says what else is left."""
+    """objective and phases: as the loop takes them. finish: folds what was trained into the model and says what else is left.
+
+    rate: of learning, where nobody says another; the default is for training every weight that was trained before.
+    """
 
     objective: Objective
     phases: tuple[Phase, ...] = ()
     finish: Callable[[], Left] = Left
+    rate: float = 1e-4
 
 
 def make(name: str, student: Pretrained, teacher: Pretrained | None, options: Mapping[str, Any]) -> Tuning:

@@ -85,6 +85,19 @@ def test_learned_masks_are_obeyed(moestro, work):  # noqa: F811
     assert broken.code == 2 and "taps" in broken.err
 
 
+def test_each_method_has_a_rate_of_its_own(moestro, work):  # noqa: F811
+    def rate(method: str, out: str, *settings: str) -> float:
+        done = moestro("train", method, "--model", work / "model", "--against", work / "model", "--data", work / "book.txt",
+                       "-o", work / out, "--steps", "1", *QUICK[2:6], *settings, "-q", "--json")  # fmt: skip
+        assert done.code == 0, done.err
+        return done.json["rate"]
+
+    assert rate("router_norms", "chosen", "--set", "optimiser.rate=0.07") == 0.07
+    assert rate("router_norms", "usual") == 1e-3, "what one run was told stays with it"
+    assert rate("tsep:keep=8", "whole") == 1e-4
+    assert rate("otp", "networks") == 1e-2
+
+
 def test_compressed_experts_run_in_the_engine(moestro, work):  # noqa: F811
     done = moestro(
         "train", "compressed_experts", "--model", work / "model", "--data", work / "book.txt", "-o", work / "ce", *QUICK

@@ -79,4 +79,4 @@ def low_rank(
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
         return Left()
 
-    return Tuning(Cached(Distil(teacher, mix, temperature)), finish=fold)
+    return Tuning(Cached(Distil(teacher, mix, temperature)), finish=fold, rate=1e-3)

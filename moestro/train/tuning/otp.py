@@ -140,4 +140,4 @@ def otp(
             arrays |= {f"layer-{i}.{name}": getattr(network, name).detach().numpy() for name in NAMES}
         return Left(tuple(taps), arrays)
 
-    return Tuning(objective, (Cooling(objective, warm, cold),), left)
+    return Tuning(objective, (Cooling(objective, warm, cold),), left, rate=1e-2)

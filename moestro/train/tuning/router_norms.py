@@ -41,4 +41,4 @@ class Distil:
 def router_norms(student: Pretrained, teacher: Pretrained, *, mix: float = 0.9, temperature: float = 1.0) -> Tuning:
     """Raises InputError."""
     opened(student.norms_and_routers())
-    return Tuning(Distil(teacher, mix, temperature))
+    return Tuning(Distil(teacher, mix, temperature), rate=1e-3)
