@@ -54,7 +54,7 @@ from moestro.train.data.stream import Stream
 from moestro.train.data.tokens import open_tokens
 
 QUESTION = "recovery"
-STEPS, BATCH = 60, 8
+STEPS, BATCH = 60, 4
 TASK = "code"  # the domain that a task-specific model is made for
 KINDS = ("criterion", "group", "sparsify", "skip")  # whose probes the profile needs
 EVERYTHING = "plain training"  # every weight on the text's own loss
@@ -122,21 +122,22 @@ def trials(bench: str, experts: int, steps: int) -> list[Trial]:
 
     if bench == TASK:
         return [*pruned(0.5, half, ("router_norms", "low_rank of experts", EVERYTHING)), *tasks, plain]
-    found = [*pruned(0.25, most, ("router_norms", *patches)), *pruned(0.5, half, tuple(recovers))]
+    found = [plain, *pruned(0.5, half, tuple(recovers))]
     for level, options in (("half zeros", {"ratio": 0.5}), ("2:4", {"pattern": "2:4"})):
         start = Step(ZEROS, {"options": options})
         found += [Trial("moe_pruner", level, "zeros", start)]
         found += [Trial("moe_pruner + expert_wise", level, "zeros", start, "expert_wise", steps)]
-    start = Step(MERGE, {"ratio": 0.25, "fuse": "frequency"})
-    found += [Trial("hierarchical", most, "merged", start)]
-    found += [Trial("hierarchical + router_norms", most, "merged", start, "router_norms", steps), plain]
     for name, options in (("odp", {"share": 0.5}), ("fewer", {"average": 1.0})):
         level = next(f"{key} {value:g}" for key, value in options.items())
         found.append(Trial(name, level, "skip", Step(f"compress.skip.{name}", {"options": options})))
     found += [Trial("otp", f"price {p:g}", "skip", tuning=f"otp:price={p}", steps=steps) for p in (0.02, 0.1)]
     found += [Trial("compressed_experts", "1 of 2", "skip", tuning="compressed_experts", steps=steps)]
     found += [Trial("top-1", "1 of 2", "skip", top_k=1, calibrated=False)]
-    return [*found, replace(plain, name="top-1, trained", level="1 of 2", kind="skip", top_k=1), *tasks]
+    found += [replace(plain, name="top-1, trained", level="1 of 2", kind="skip", top_k=1)]
+    start = Step(MERGE, {"ratio": 0.25, "fuse": "frequency"})
+    found += [Trial("hierarchical", most, "merged", start)]
+    found += [Trial("hierarchical + router_norms", most, "merged", start, "router_norms", steps)]
+    return [*found, *pruned(0.25, most, ("router_norms", *patches)), *tasks]
 
 
 class Taught(Opened):
