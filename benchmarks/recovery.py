@@ -55,6 +55,7 @@ from moestro.train.data.tokens import open_tokens
 
 QUESTION = "recovery"
 STEPS, BATCH = 60, 4
+SLOW = 1e-4  # the rate for whole models, tried where a method's own is another
 TASK = "code"  # the domain that a task-specific model is made for
 KINDS = ("criterion", "group", "sparsify", "skip")  # whose probes the profile needs
 EVERYTHING = "plain training"  # every weight on the text's own loss
@@ -137,7 +138,13 @@ def trials(bench: str, experts: int, steps: int) -> list[Trial]:
     start = Step(MERGE, {"ratio": 0.25, "fuse": "frequency"})
     found += [Trial("hierarchical", most, "merged", start)]
     found += [Trial("hierarchical + router_norms", most, "merged", start, "router_norms", steps)]
-    return [*found, *pruned(0.25, most, ("router_norms", *patches)), *tasks]
+    found += [*pruned(0.25, most, ("router_norms", *patches)), *tasks]
+    slow = [
+        c
+        for c in found
+        if c.level in (half, "price 0.02") and c.tuning in ("router_norms", "low_rank:rank=8,experts=true", "otp:price=0.02")
+    ]
+    return [*found, *(replace(c, name=f"{c.name}, rate {SLOW:g}", rate=SLOW) for c in slow)]
 
 
 class Taught(Opened):

@@ -42,7 +42,7 @@ def settings(report: dict[str, Any]) -> str:
     rates = dict.fromkeys(f"{r['rate']:g}" for r in sorted(rows, key=lambda r: r.get("rate", 0)) if "rate" in r)
     return (
         f"Every training takes {said['steps']} steps of {said['batch']} sequences of {said['length']} bytes, {tokens:,} in all, on text that is not held out, "
-        f"with the method's own learning rate ({', '.join(rates)}). {len(seeds)} seed{'s' * (len(seeds) > 1)}: another calibration text and order of the training text.{few}\n"
+        f"with the method's own learning rate where none is named ({', '.join(rates)}). {len(seeds)} seed{'s' * (len(seeds) > 1)}: another calibration text and order of the training text.{few}\n"
     )
 
 
@@ -123,7 +123,7 @@ def picture(report: dict[str, Any], folder: Path) -> Path | None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = rows_for(report, "mixed", "pruned", "merged", "zeros")
+    rows = [r for r in rows_for(report, "mixed", "pruned", "merged", "zeros") if ", rate" not in r["name"]]
     plain = next((math.log(r["ratio"]) for r in rows_for(report, "mixed", "plain")), None)
     starts = [r for r in rows if any(s["name"].startswith(f"{r['name']} + ") and s["level"] == r["level"] for s in rows)]
     if not starts:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import compression as bench  # noqa: E402
 import compression_grid  # noqa: E402
 import compression_page  # noqa: E402
+import recovery_page  # noqa: E402
 import speed_page  # noqa: E402
 
 from moestro.compress.planner import KINDS  # noqa: E402
@@ -64,8 +65,9 @@ def test_idle_experts_cost_nothing_and_the_curve_says_so(reduced):
 
 def test_the_page_and_its_pictures_can_be_made(reduced, tmp_path):
     page = compression_page.PAGE.read_text("utf-8")
-    assert {found[2] for found in speed_page.BLOCK.finditer(page)} == set(compression_page.FIGURES)
-    assert compression_page.filled(page, tmp_path).count(compression_page.MISSING) == len(compression_page.FIGURES)
+    figures = set(compression_page.FIGURES) | set(recovery_page.FIGURES)
+    assert {found[2] for found in speed_page.BLOCK.finditer(page)} == figures
+    assert compression_page.filled(page, tmp_path).count(compression_page.MISSING) == len(figures)
     report = json.loads(json.dumps(reduced).replace('"planted"', '"mixed"'))
     assert "| reap | -50 % | 8.00 |" in compression_page.FIGURES["mixed"](report).replace("**", "")
     assert compression_page.front(report).count("| the model trained here |") == sum(r["front"] for r in report["summary"])
