@@ -11,7 +11,7 @@ from typing import Any
 import moestro
 from moestro.core.errors import CheckpointError, StorageError
 from moestro.core.layer import ModelFacts
-from moestro.core.plans.compression import CompressionPlan
+from moestro.core.plans.compression import CompressionPlan, TaskScore, written
 from moestro.models.checkpoint import Checkpoint
 
 MANIFEST, CARD = "moestro.json", "README.md"
@@ -73,19 +73,34 @@ def card(record: dict[str, Any]) -> str:
         f"Made by moestro {record['moestro']} from `{source}` with `{plan.method}`.",
     ]
     lines += ["", *(f"- {line}" for line in plan.summary().splitlines() if not line.startswith("measured on"))]
-    if plan.judged:
+    if texts := [j for j in plan.judged if j.loss is not None]:
         lines += [
             "",
             "| text | tokens | perplexity | original | change | KL to original | routing agreement |",
             "|---|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {j.data} | {j.tokens} | {j.perplexity:.4f} | {j.reference:.4f} | {100 * j.loss:+.2f} % | {j.kl:.4f} ± {j.kl_error:.4f} | {100 * j.agreement:.1f} % |"
-            for j in plan.judged
+            f"| {j.data} | {j.tokens} | {j.perplexity:.4f} | {j.reference:.4f} | {100 * j.loss:+.2f} % | {j.kl:.4f} ± {j.kl_error:.4f} | {100 * j.agreement:.1f} % |"  # type: ignore[operator]
+            for j in texts
         ]
-    else:
+    if scores := [score for j in plan.judged for score in j.tasks]:
+        lines += [
+            "",
+            "| task | examples | metric | documents | score | original | right to wrong | wrong to right | sign test p |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *(_row(score) for score in scores),
+        ]
+    if not plan.judged:
         lines += ["", f"What it costs has not been measured: `moestro eval FOLDER --against {source} --data TEXT`."]
     return "\n".join([*lines, "", f"Options: `{json.dumps(plan.options)}`. The whole plan is in {MANIFEST}.", ""])
+
+
+def _row(score: TaskScore) -> str:
+    documents = f"the first {score.documents}" if score.limited else f"{score.documents}"
+    pair = ("", "", "") if score.chance is None else (score.lost, score.gained, f"{score.chance:.2g}")
+    values = (written(score.value, score.error), written(score.reference, score.reference_error))
+    cells = (score.task, score.fewshot, score.metric, documents, *values, *pair)
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def judged_row(plan: CompressionPlan) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -131,6 +131,27 @@ class Runner(Protocol):
 
     def run(self, tokens_BT: list[list[int]], *, inputs: bool = False) -> Iterator[RunnerOutput]:
         """One output per sequence; with `inputs` the records hold each layer's x_TD and y_TD."""
+        ...
+
+
+class Reading(Protocol):
+    """One sequence that a runner is reading; what has been read is not read again."""
+
+    def read(self, tokens: Sequence[int], *, every: bool = False) -> Array:
+        """Go on with these tokens: logits_TV float32 after each with `every`, else after the last alone, [1, V]."""
+        ...
+
+    def back(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        ...
+
+
+@runtime_checkable
+class ReadingAccess(Protocol):
+    """A runner that goes on with what it has read: for answers, and for texts that begin alike."""
+
+    def reading(self, capacity: int) -> Reading:
+        """A new sequence with room for `capacity` tokens."""
         ...
 
 

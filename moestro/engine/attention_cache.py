@@ -62,6 +62,13 @@ class SequenceCache:
         """The tokens that were put in every layer now belong to the sequence."""
         self.length += tokens
 
+    def back(self, length: int) -> bool:
+        """Forget what came after the first `length` tokens; False, and nothing is forgotten, where what those see was dropped."""
+        if not all(layer.sees(length) for layer in self._layers):
+            return False
+        self.length = length
+        return True
+
     @property
     def nbytes(self) -> int:
         """Bytes reserved."""
@@ -108,9 +115,16 @@ class _LayerCache:
         put(self._values, values_TKv, at)
         return Held(keys_SKd, self._values[:, :stop].transpose(1, 0, 2), self.first)
 
+    def sees(self, length: int) -> bool:
+        """Whether all is held that a token at position `length` sees."""
+        return self.first <= self._first_seen(length)
+
+    def _first_seen(self, length: int) -> int:
+        return max(0, length + 1 - self.room.window) // SPAN * SPAN if self.room.window else 0
+
     def _make_room(self, length: int, tokens: int) -> None:
         """Drop what no token from position `length` on can see; get more room if that is not enough."""
-        seen = max(0, length + 1 - self.room.window) // SPAN * SPAN if self.room.window else 0
+        seen = self._first_seen(length)
         kept = slice(seen - self.first, length - self.first)
         keys, values, had = self._keys, self._values, self.capacity
         needed = length + tokens - seen

@@ -25,6 +25,7 @@ from moestro.engine.dispatch import Dispatch, demanded
 from moestro.engine.generate import Generation, Prompt
 from moestro.engine.native import NativeTrunk, Resident, choose_trunk
 from moestro.engine.prefetch import Glimpse, Prefetcher
+from moestro.engine.reading import EngineReading
 from moestro.engine.recorder import Recorder
 from moestro.engine.replay import NONE, eviction_factory, make_predictor
 from moestro.engine.sample import SamplingParams
@@ -426,6 +427,11 @@ class Engine:
         """One token more of each sequence; logits_BV. valid_B1: False for sequences that have ended."""
         return self._pass(tokens_B1, state, valid_B1, prefill=False)
 
+    def follow(self, tokens_1T: np.ndarray, state: State, *, every: bool) -> np.ndarray:
+        """One pass of one sequence: logits after the last token, [1, V], or after each, [T, V]."""
+        logits = self._pass(tokens_1T, state, None, prefill=tokens_1T.shape[1] > 1, every=every)
+        return logits[0] if every else logits
+
     # What callers use
 
     def generate(
@@ -495,6 +501,12 @@ class Engine:
                 told = [np.concatenate(part) for part in zip(*routers[ordinal::layers], strict=True)]
                 found.append(LayerRecord(ordinal, Routing(experts, weights, *told[:1]), *xy, *told[1:]))
             yield RunnerOutput(np.concatenate(logits), tuple(found))
+
+    def reading(self, capacity: int) -> EngineReading:
+        """A sequence to be read forwards and back (core ReadingAccess). Raises CheckpointError when the files have changed."""
+        self.begin()
+        self._sequences += 1
+        return EngineReading(self, capacity)
 
     def weights(self, key: ExpertKey) -> ExpertWeights:
         """One expert as it is computed with, float32 (core ExpertAccess). Read anew when it is not in memory; counts as no demand."""

@@ -161,6 +161,14 @@ class NativeTrunk:
         """New sequences with room for `capacity` tokens each."""
         return State([SequenceCache(self._rooms, capacity, self.dtype) for _ in range(batch)], batch)
 
+    def back(self, state: State, length: int) -> bool:
+        """Forget what came after the first `length` tokens of one sequence; False where the state cannot."""
+        assert state.batch == 1 and state.valid_BT is None, "one sequence without padding"
+        if not state.cache[0].back(length):
+            return False
+        state.length = length
+        return True
+
     def forward(
         self, tokens_BT: np.ndarray, state: State, valid_BT: np.ndarray | None = None, *, every: bool = False
     ) -> np.ndarray:

@@ -19,6 +19,7 @@ from moestro.core.layer import ModelFacts
 from moestro.kernels.topk import topk
 from moestro.models.checkpoint import Checkpoint
 from moestro.models.layout import Layout
+from moestro.models.reading import crop
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,10 @@ class Trunk(Protocol):
 
     def start(self, batch: int, capacity: int) -> State:
         """New sequences with room for `capacity` tokens each."""
+        ...
+
+    def back(self, state: State, length: int) -> bool:
+        """Forget what came after the first `length` tokens of one sequence; False where the state cannot, and is spoilt."""
         ...
 
     def forward(
@@ -144,6 +149,13 @@ class TransformersTrunk:
         room = _room_layer()
         cache.layers = [room(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         return State(cache, batch)
+
+    def back(self, state: State, length: int) -> bool:
+        assert state.batch == 1 and state.valid_BT is None, "one sequence without padding"
+        if length < state.length and not crop(state.cache, state.length - length):
+            return False
+        state.length = length
+        return True
 
     def forward(
         self, tokens_BT: np.ndarray, state: State, valid_BT: np.ndarray | None = None, *, every: bool = False

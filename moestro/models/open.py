@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from moestro.models.experts import Stacked, run_experts
 from moestro.models.families import describe
 from moestro.models.layout import Layout
 from moestro.models.live import Seam, load_trunk, seams, skeleton
+from moestro.models.reading import LiveReading
 from moestro.models.router import LiveRouter, Wire, without_experts
 from moestro.models.taps import make_taps, read_taps
 
@@ -189,10 +191,15 @@ class Model:
     def run(self, tokens_BT: list[list[int]], *, inputs: bool = False) -> Iterator[RunnerOutput]:
         """Logits and records of each sequence, one forward pass each, without gradients. Raises InputError on bad token ids."""
         for number, tokens in enumerate(tokens_BT):
-            self._check(tokens)
+            self.check(tokens)
             yield self._one(tokens, number, inputs)
 
-    def _check(self, tokens: list[int]) -> None:
+    def reading(self, capacity: int) -> LiveReading:
+        """A sequence to be read forwards and back (core ReadingAccess); its cache grows by itself, whatever the capacity."""
+        return LiveReading(self)
+
+    def check(self, tokens: list[int]) -> None:
+        """Raises InputError unless there are tokens, all of the vocabulary."""
         if not tokens:
             raise InputError("a sequence has no tokens", expected="at least one")
         if worst := [t for t in tokens if not 0 <= t < self.facts.vocabulary]:
@@ -212,20 +219,25 @@ class Model:
             records[ordinal] = LayerRecord(ordinal, routing, *given, sink_TH=sink_TH)
 
         stops = [layer.watch(record) for layer in self.layers] + [hooks.stop for hooks in (*streams.values(), *sinks.values())]
-        before = [layer.context for layer in self.layers]
-        for layer in self.layers:
-            layer.context = replace(
-                layer.context,
-                token_ids_T=ids_T,
-                sequence_T=torch.full_like(ids_T, number),
-                position_T=torch.arange(len(tokens)),
-            )
         try:
-            with torch.no_grad():
+            with self.told(ids_T, torch.arange(len(tokens)), number), torch.no_grad():
                 logits_TV = self.module(input_ids=ids_T[None], use_cache=False).logits[0]
         finally:
             for stop in stops:
                 stop()
+        return RunnerOutput(logits_TV, tuple(records[i] for i in sorted(records)))
+
+    @contextmanager
+    def told(self, ids_T: torch.Tensor, position_T: torch.Tensor, number: int) -> Iterator[None]:
+        """Within, routers know which tokens of which sequence they see."""
+        import torch
+
+        before = [layer.context for layer in self.layers]
+        sequence_T = torch.full_like(ids_T, number)
+        for layer in self.layers:
+            layer.context = replace(layer.context, token_ids_T=ids_T, sequence_T=sequence_T, position_T=position_T)
+        try:
+            yield
+        finally:
             for layer, context in zip(self.layers, before):
                 layer.context = context
-        return RunnerOutput(logits_TV, tuple(records[i] for i in sorted(records)))

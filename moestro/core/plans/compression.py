@@ -96,24 +96,84 @@ class LayerChange:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """What the result does to a text, against the original: perplexities, KL divergence in nats per token with its standard error,
-    and how many of the original's expert choices the result makes too (kept experts under their old names; 0 to 1).
-    skipped: the share of a token's experts that did not run."""
+class TaskScore:
+    """One metric of one task: of the result, and `reference`, of the original on the same documents; their standard errors, None where
+    there are none.
 
-    data: str
-    tokens: int
-    perplexity: float
+    lost, gained: documents that the original had right and the result has wrong, and the other way round; None where a document is not
+    simply right or wrong. limited: only the task's first documents were asked. fewshot: examples before each question.
+    higher_is_better: None where the task does not say.
+    """
+
+    task: str
+    metric: str
+    value: float
     reference: float
-    kl: float
-    kl_error: float
-    agreement: float
-    skipped: float = 0.0
+    error: float | None
+    reference_error: float | None
+    documents: int
+    limited: bool = False
+    fewshot: int = 0
+    version: str = ""
+    higher_is_better: bool | None = None
+    lost: int | None = None
+    gained: int | None = None
 
     @property
-    def loss(self) -> float:
+    def chance(self) -> float | None:
+        """How likely so uneven a change is if the result is as good as the original: the sign test over documents that changed, both ways."""
+        if self.lost is None or self.gained is None:
+            return None
+        changed = self.lost + self.gained
+        tail = ways = 1
+        for k in range(min(self.lost, self.gained)):
+            ways = ways * (changed - k) // (k + 1)
+            tail += ways
+        return min(1.0, 2 * tail / 2**changed)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What the result does to a text, against the original: perplexities, KL divergence in nats per token with its standard error,
+    and how many of the original's expert choices the result makes too (kept experts under their old names; 0 to 1). All of these are
+    None, and `data` is empty, where only tasks were asked.
+    skipped: the share of a token's experts that did not run. tasks: scores on tasks."""
+
+    data: str = ""
+    tokens: int = 0
+    perplexity: float | None = None
+    reference: float | None = None
+    kl: float | None = None
+    kl_error: float | None = None
+    agreement: float | None = None
+    skipped: float = 0.0
+    tasks: tuple[TaskScore, ...] = ()
+
+    @property
+    def loss(self) -> float | None:
         """How much the perplexity grew, as a share."""
-        return self.perplexity / self.reference - 1
+        return None if self.perplexity is None or self.reference is None else self.perplexity / self.reference - 1
+
+    def summary(self) -> list[str]:
+        """A line for the text and one for each score."""
+        lines = []
+        if self.loss is not None:
+            lines.append(
+                f"measured on {self.tokens} tokens of {self.data}: perplexity {self.perplexity:.4f}, original {self.reference:.4f} "
+                f"({100 * self.loss:+.2f} %), KL {self.kl:.4f} (standard error {self.kl_error:.4f}), routing agreement {100 * self.agreement:.1f} %"  # type: ignore[operator]
+                + (f", {100 * self.skipped:.1f} % of the experts skipped" if self.skipped else "")
+            )
+        for t in self.tasks:
+            line = f"measured on {t.documents}{' (the first)' if t.limited else ''} documents of {t.task}: {t.metric} {written(t.value, t.error)}, original {written(t.reference, t.reference_error)}"
+            if t.chance is not None:
+                line += f", {t.lost} from right to wrong and {t.gained} from wrong to right (sign test p = {t.chance:.2g})"
+            lines.append(line)
+        return lines
+
+
+def written(value: float, error: float | None) -> str:
+    """A score with its standard error."""
+    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +220,7 @@ class CompressionPlan(Plan):
             data[name] = tuple(map(str, data.get(name, ())))
         before, after = _whole(data.get("sizes", (0, 0)))
         data["sizes"] = (before, after)
-        data["judged"] = tuple(Judged(**found) for found in data.get("judged", ()))
+        data["judged"] = tuple(_judged(found) for found in data.get("judged", ()))
         return data
 
     @property
@@ -220,12 +280,7 @@ class CompressionPlan(Plan):
         if losses:
             lines.append(f"expected loss {min(losses):.4g} to {max(losses):.4g} per layer ({self.loss_unit})")
         lines += self.stated
-        for j in self.judged:
-            lines.append(
-                f"measured on {j.tokens} tokens of {j.data}: perplexity {j.perplexity:.4f}, original {j.reference:.4f} "
-                f"({100 * j.loss:+.2f} %), KL {j.kl:.4f} (standard error {j.kl_error:.4f}), routing agreement {100 * j.agreement:.1f} %"
-                + (f", {100 * j.skipped:.1f} % of the experts skipped" if j.skipped else "")
-            )
+        lines += [line for j in self.judged for line in j.summary()]
         return "\n".join(lines)
 
 
@@ -316,6 +371,11 @@ def _layer(data: dict[str, Any]) -> LayerChange:
     )
     taps = tuple(TapUse(str(tap["tap"]), dict(tap.get("settings", {}))) for tap in data.get("taps", ()))
     return LayerChange(int(data["ordinal"]), slots, rows, None if loss is None else float(loss), taps)
+
+
+def _judged(data: dict[str, Any]) -> Judged:
+    tasks = tuple(TaskScore(**score) for score in data.get("tasks", ()))
+    return Judged(**{name: value for name, value in data.items() if name != "tasks"}, tasks=tasks)
 
 
 def _encoding(data: dict[str, Any]) -> Encoding:
