@@ -150,7 +150,7 @@ class Opened:
     def measure(self, cell: Cell, seed: int) -> dict[str, Any]:
         """Plan, carry out, judge."""
         profile, began = self.profile(seed), time.process_time()
-        plan = planned(cell, self.checkpoint, self.layout, profile, seed)
+        plan = planned(cell, self.checkpoint, self.layout, profile, seed, self.work / "evidence")
         planning = time.process_time()
         changed = compress_live(plan, self.model, encoder=Sparing(plan, self.layout.facts, profile))
         applied = time.process_time()

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -247,13 +248,16 @@ def said(options: Mapping[str, Any]) -> str:
     return ", ".join(k if v is True else f"{k} {v}" for k, v in options.items())
 
 
-def planned(cell: Cell, checkpoint: Checkpoint, layout: Layout, profile: Profile, seed: int) -> CompressionPlan:
-    """The cell's plan. seed: of methods that draw. Raises MoestroError."""
+def planned(cell: Cell, checkpoint: Checkpoint, layout: Layout, profile: Profile, seed: int, kept: Path | None = None) -> CompressionPlan:
+    """The cell's plan. seed: of methods that draw. kept: folder for what plans of mixed bits share. Raises MoestroError."""
     plan: CompressionPlan | None = None
     for step in cell.steps:
         wish = dict(step.wish)
         if step.bits:
-            plan = plan_bits(checkpoint, layout, BitsWish(step.method, **wish), profile=profile, base=plan).plan
+            asked = BitsWish(step.method, **wish)
+            told = json.dumps([layout.facts.fingerprint, profile.data, asked.method, dict(asked.options), asked.codecs])
+            evidence = kept / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.evidence" if kept and asked.bits else None
+            plan = plan_bits(checkpoint, layout, asked, profile=profile, base=plan, evidence=evidence).plan
             continue
         if any(o["name"] == "seed" for o in _options(step.method)):
             wish["options"] = {**wish.get("options", {}), "seed": seed}

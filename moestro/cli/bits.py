@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moestro.cli.arguments import Json, Model, Quiet, Revision, method_choice, with_revision
+from moestro.cli.errors import bad_argument
 from moestro.cli.output import emit, progress, say
 
 EPILOG = """Examples:
@@ -15,10 +16,13 @@ EPILOG = """Examples:
 \b
   moestro profile ./model book.txt --probe inputs -o book.profile
   moestro plan bits ./model --method gptq --codec uint4:64 --profile book.profile --trunk int8:32 --ends int8:32 -o plan.json
-  moestro plan bits ./model --codec int2:128,int3:128,int4:128 --bits 2.5 --budget mc_moe --profile book.profile --trunk int8:32 --ends int8:32 -o plan.json
+  moestro plan bits ./model --codec int2:128,int3:128,int4:128 --bits 2.5 --budget mc_moe --profile book.profile --evidence bits.evidence --trunk int8:32 --ends int8:32 -o plan.json
   moestro plan bits ./model --method gptq --codec int4:64 --smooth eaquant --profile book.profile --allow-plain -o plan.json
   moestro apply plan.json -o ./small
   moestro run ./small "Hello"
+
+With several codecs every expert is tried in each, which takes as long as encoding the model as often. --evidence FILE keeps what that
+showed after every layer: the same command goes on after an interruption, and other --bits and --budget take seconds.
 
 Matrices that would stay as they are stored make the exit code 1, unless --allow-plain is given, and so do experts that no token of the
 profile was routed to, unless --allow-unseen is; the plan is written in any case. Norms keep their numbers but for the powers of two of
@@ -61,6 +65,14 @@ def bits(
     after: Annotated[
         Path | None, typer.Option(metavar="PLAN", help="Start from what this compression plan makes.", show_default=False)
     ] = None,
+    evidence: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --bits: keep here what each codec does to each expert, and go on from it.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the plan here.", show_default=False)
     ] = None,
@@ -88,6 +100,10 @@ def bits(
 
     if output is not None:
         check_target(output, "--output")
+    if evidence is not None:
+        if bits is None:
+            bad_argument("--evidence without --bits", "--bits, for which several codecs are tried")
+        check_target(evidence, "--evidence")
     name, options = method_choice(method)
     chooser, chooser_options = method_choice(budget)
     rescaling, rounding = method_choice(smooth), method_choice(router)
@@ -114,6 +130,7 @@ def bits(
             profile=read_profile(profile),
             profile_path=str(profile or ""),
             base=read_compression(after) if after is not None else None,
+            evidence=evidence,
             progress=report,
         )
     if output is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moestro.compress.calibration import RARE, Calibration
 from moestro.compress.dropping import lost_tensors
-from moestro.compress.evidence import Progress, expert_size, measure
+from moestro.compress.evidence import EvidenceFile, Progress, expert_size, measure
 from moestro.compress.smooth.smoothing import touched
 from moestro.compress.trunk import TrunkMatrices, plain_matrices, trunk_matrices
 from moestro.core.errors import InputError
@@ -140,9 +141,11 @@ def plan_bits(
     profile: Profile | None = None,
     profile_path: str = "",
     base: CompressionPlan | None = None,
+    evidence: Path | None = None,
     progress: Progress | None = None,
 ) -> BitsPlan:
-    """Give every expert and the trunk their bits. base: a plan to go on from.
+    """Give every expert and the trunk their bits. base: a plan to go on from. evidence: a file that keeps what each of several widths
+    does to each expert, layer by layer, for a call that is stopped and for other bits.
 
     Raises InputError for a wish that cannot be fulfilled, ProfileError for a profile of another model or without inputs, PlanError
     when `base` is of another model.
@@ -186,7 +189,11 @@ def plan_bits(
                 expected="one that removes experts at most",
                 fix="give one codec",
             )
-        plan = _mixed(plan, checkpoint, layout, wish, card.name, codecs, given, progress)
+        assert profile is not None
+        told = {"model": layout.facts.fingerprint, "profile": profile.data, "method": card.name}
+        told |= {"options": dict(wish.options), "widths": codecs}
+        kept = None if evidence is None else EvidenceFile(evidence, told)
+        plan = _mixed(plan, checkpoint, layout, wish, card.name, codecs, given, kept, progress)
     found = trunk_matrices(checkpoint, layout)
     inner, outer = (None if codec == STORED else ("compress.encode.rtn", codec) for codec in (wish.trunk, wish.ends))
     plan = encode_trunk(plan, found, inner=inner, outer=outer)
@@ -238,10 +245,11 @@ def _mixed(
     method: str,
     codecs: tuple[str, ...],
     given: Calibration,
+    kept: EvidenceFile | None,
     progress: Progress | None,
 ) -> CompressionPlan:
     choose = load(wish.budget, "bits")
-    evidence = measure(checkpoint, layout, given, codecs, method, options=wish.options, progress=progress)
+    evidence = measure(checkpoint, layout, given, codecs, method, options=wish.options, kept=kept, progress=progress)
     kept_LE = np.zeros_like(evidence.there_LE)
     for la in plan.layers:
         kept_LE[la.ordinal, [slot.sources[0] for slot in la.slots]] = True

@@ -5,9 +5,11 @@ Shapes: L MoE layers, E experts (the most of any layer), W widths, the fewest by
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import numpy as np
 from moestro.compress.calibration import Calibration, LayerInputs
 from moestro.compress.encode.inputs import hidden
 from moestro.compress.encoding import MATRICES, encoded, plain
-from moestro.core.errors import InputError
+from moestro.core.errors import InputError, ProfileError
 from moestro.core.experts import ExpertKey, ExpertSpec, ExpertWeights
 from moestro.core.method import card_of, load
 from moestro.core.plans.compression import Slot
@@ -23,7 +25,9 @@ from moestro.models.checkpoint import Checkpoint
 from moestro.models.codecs.coded import coded_bytes
 from moestro.models.experts import read_expert
 from moestro.models.layout import Layout
+from moestro.profile.profile import read_arrays, write_arrays
 
+HEADER, FORMAT = "moestro.evidence", 1
 Progress = Callable[[int, int], None]
 
 
@@ -70,6 +74,40 @@ class BitsEvidence:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class EvidenceFile:
+    """Where evidence is kept after every layer: what was stopped goes on, and other numbers of bits are chosen without measuring again.
+
+    told: what it is evidence of.
+    """
+
+    path: Path
+    told: Mapping[str, Any]
+
+    def read(self) -> dict[str, np.ndarray]:
+        """Its arrays, none when there is no file yet. Raises InputError for a file of anything else."""
+        if not self.path.exists():
+            return {}
+        fix = "name another file, or remove this one"
+        try:
+            arrays, told = read_arrays(self.path, HEADER)
+        except ProfileError as error:
+            raise InputError(f"{self.path} holds no evidence of bits", fix=fix) from error
+        mine = json.loads(json.dumps({"format": FORMAT, **self.told}))
+        if other := sorted(key for key in mine.keys() | told.keys() if mine.get(key) != told.get(key)):
+            key = other[0]
+            raise InputError(
+                f"{self.path} is evidence with {key} {told.get(key)!r}",
+                expected=f"{key} {mine.get(key)!r}, as is asked now",
+                fix=fix,
+            )
+        return arrays
+
+    def write(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Raises StorageError."""
+        write_arrays(self.path, arrays, HEADER, {"format": FORMAT, **self.told}, "evidence")
+
+
 def measure(
     checkpoint: Checkpoint,
     layout: Layout,
@@ -78,43 +116,58 @@ def measure(
     method: str,
     *,
     options: Mapping[str, Any] | None = None,
+    kept: EvidenceFile | None = None,
     progress: Progress | None = None,
 ) -> BitsEvidence:
-    """Encode every expert in every width, and see. codecs: the widths, the fewest bytes first. method: of kind 'encode'.
+    """Encode every expert in every width, and see. codecs: the widths, the fewest bytes first. method: of kind 'encode'. kept: go on
+    from there.
 
-    Raises InputError for widths that are not in this order, ProfileError when the profile kept no inputs.
+    Raises InputError for widths that are not in this order and for a file of other evidence, ProfileError when the profile kept no inputs.
     """
     layers, fn = layout.facts.layers, load(method, "encode")
     shape = len(layers), max(la.num_experts for la in layers)
-    there_LE, counts_LE, weights_LE = np.zeros(shape, bool), np.zeros(shape, np.int64), np.zeros(shape)
-    output_LEW, matrix_LEW = np.zeros((2, *shape, len(codecs)))
-    outlier_LE, energy_L = np.zeros(shape), np.zeros(len(layers))
     bytes_LW = np.array([[expert_size(la.spec, codec) for codec in codecs] for la in layers])
     if (np.diff(bytes_LW, axis=1) <= 0).any():
         raise InputError(f"the widths {', '.join(codecs)} do not take more and more bytes", fix="name the fewest bits first")
+    found = {
+        "there_LE": np.zeros(shape, bool),
+        "counts_LE": np.zeros(shape, np.int64),
+        "weights_LE": np.zeros(shape),
+        "output_LEW": np.zeros((*shape, len(codecs))),
+        "matrix_LEW": np.zeros((*shape, len(codecs))),
+        "outlier_LE": np.zeros(shape),
+        "energy_L": np.zeros(len(layers)),
+        "done_L": np.zeros(len(layers), bool),
+    } | (kept.read() if kept else {})
     needs = "inputs" in card_of(fn).needs
     for la in layers:
-        seen = given.layer(la.ordinal)
-        for e in range(la.num_experts):
-            at = la.ordinal, e
+        for e in range(la.num_experts) if not found["done_L"][la.ordinal] else ():
+            seen, at = given.layer(la.ordinal), (la.ordinal, e)
             weights = read_expert(checkpoint, layout, ExpertKey(*at))
-            there_LE[at], counts_LE[at], weights_LE[at] = True, len(seen.own((e,))), seen.weight(e).sum()
             matrices = {role: a for role, name in MATRICES.items() if (a := getattr(weights, name)) is not None}
-            outlier_LE[at] = max(outliers(matrix) for matrix in matrices.values())
+            found["there_LE"][at], found["counts_LE"][at], found["weights_LE"][at] = (
+                True,
+                len(seen.own((e,))),
+                seen.weight(e).sum(),
+            )
+            found["outlier_LE"][at] = max(outliers(matrix) for matrix in matrices.values())
             inputs = given(la.ordinal, Slot((e,))) if needs else None
             whole_nD = output(seen, e, la.spec, weights)
-            energy_L[la.ordinal] += float(np.square(whole_nD).sum())
+            found["energy_L"][la.ordinal] += float(np.square(whole_nD).sum())
             for w, codec in enumerate(codecs):
                 one = partial(fn, codec=codec, **(options or {}))
                 tiles = encoded(weights, inputs, one, True) if inputs else {r: one(m) for r, m in matrices.items()}
                 made = {r: plain(tiles[r]) for r in matrices}
-                matrix_LEW[(*at, w)] = np.sqrt(sum(float(np.square(made[r] - matrices[r]).sum()) for r in made))
+                found["matrix_LEW"][(*at, w)] = np.sqrt(sum(float(np.square(made[r] - matrices[r]).sum()) for r in made))
                 other = replace(weights, **{MATRICES[r]: matrix for r, matrix in made.items()})
-                output_LEW[(*at, w)] = np.linalg.norm(output(seen, e, la.spec, other) - whole_nD)
+                found["output_LEW"][(*at, w)] = np.linalg.norm(output(seen, e, la.spec, other) - whole_nD)
+        if kept and not found["done_L"][la.ordinal]:
+            kept.write(found | {"done_L": np.arange(len(layers)) <= la.ordinal})
         if progress:
             progress(la.ordinal + 1, len(layers))
-    found = BitsEvidence(there_LE, counts_LE, weights_LE, output_LEW, matrix_LEW, outlier_LE, bytes_LW, np.sqrt(energy_L))
-    return replace(found, **given.stream())
+    del found["done_L"]
+    energy_L = np.sqrt(found.pop("energy_L"))
+    return BitsEvidence(**found, bytes_LW=bytes_LW, energy_L=energy_L, **given.stream())
 
 
 def output(seen: LayerInputs, expert: int, spec: ExpertSpec, weights: ExpertWeights) -> np.ndarray:

@@ -143,7 +143,9 @@ def layer_facts(layer: LayerFacts) -> dict[str, Any]:
     }
 
 
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], header: str, said: Mapping[str, Any]) -> None:
+def write_arrays(
+    path: Path, arrays: Mapping[str, np.ndarray], header: str, said: Mapping[str, Any], what: str = "profile"
+) -> None:
     """One safetensors file through a temporary name. Raises StorageError."""
     from safetensors.numpy import save
 
@@ -156,7 +158,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], header: str, said
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise StorageError(f"cannot write the profile {path}: {error}", fix="choose another --output") from error
+        raise StorageError(f"cannot write the {what} {path}: {error}", fix="choose another place") from error
 
 
 def read_arrays(path: Path, header: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -15,7 +15,7 @@ from moestro.compress.budget.mc_sharp import mc_sharp
 from moestro.compress.budget.program import solve
 from moestro.compress.budget.quantmoe_bench import quantmoe_bench
 from moestro.compress.calibration import Calibration, LayerInputs
-from moestro.compress.evidence import BitsEvidence, measure, outliers, output
+from moestro.compress.evidence import BitsEvidence, EvidenceFile, measure, outliers, output
 from moestro.core.errors import InputError
 from moestro.core.experts import ExpertSpec, ExpertWeights
 from moestro.core.method import load
@@ -168,6 +168,15 @@ def test_what_an_expert_adds_is_its_part_of_the_layers_output():
         np.testing.assert_allclose(output(seen, 1, spec, weights), want_nD, rtol=1e-4, atol=1e-4)
 
 
+def measure_or_stop(checkpoint, layout, given, kept, progress):
+    codecs = ("int2:32", "int4:32", "int8:32")
+    try:
+        return measure(checkpoint, layout, given, codecs, "compress.encode.rtn", kept=kept, progress=progress)
+    except KeyboardInterrupt:
+        assert kept.read()["done_L"].tolist().count(True) == 1
+        return None
+
+
 def test_evidence_of_a_model(tmp_path):
     save_tiny("mixtral", tmp_path / "m", hidden_size=32, intermediate_size=32)
     checkpoint = Checkpoint.open(tmp_path / "m")
@@ -184,6 +193,24 @@ def test_evidence_of_a_model(tmp_path):
     assert found.turned_L is not None and found.share_L is not None and found.energy_L is not None
     np.testing.assert_allclose(found.turned_L, arrays["turned_L"] / arrays["turning_L"])
     assert (found.share_L > 0).all() and (found.output_LEW[..., 2].sum(1) < 0.1 * found.energy_L).all()
+    kept = EvidenceFile(tmp_path / "kept", {"widths": ["int2:32", "int4:32", "int8:32"]})
+
+    def stop(done: int, of: int) -> None:
+        if done == 1 and of > 1:
+            raise KeyboardInterrupt
+
+    for progress in (stop, None):
+        read = measure_or_stop(checkpoint, layout, given, kept, progress)
+    assert read is not None
+    for name in ("there_LE", "counts_LE", "weights_LE", "output_LEW", "matrix_LEW", "outlier_LE", "energy_L"):
+        assert np.array_equal(getattr(read, name), getattr(found, name)), f"{name}: stopped and gone on is the same"
+    arrays = kept.read()
+    assert arrays["done_L"].all()
+    kept.write(arrays | {"matrix_LEW": arrays["matrix_LEW"] * 2})
+    again = measure_or_stop(checkpoint, layout, given, kept, None)
+    assert again is not None and np.array_equal(again.matrix_LEW, 2 * found.matrix_LEW), "nothing is measured twice"
+    with pytest.raises(InputError, match="evidence with widths"):
+        replace(kept, told={"widths": ["int2:32"]}).read()
     better = measure(checkpoint, layout, given, ("int2:32",), "compress.encode.gptq")
     assert better.output_LEW.sum() < found.output_LEW[..., 0].sum(), "fitted to the inputs, the output changes less"
     with pytest.raises(InputError, match="more and more"):

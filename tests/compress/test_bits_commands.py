@@ -52,8 +52,18 @@ def test_from_a_profile_to_a_model_that_runs(moestro, work):  # noqa: F811
 def test_bits_by_what_experts_matter(moestro, work):  # noqa: F811
     widths = "int2:64,int3:64,int4:64"
     plan = ("plan", "bits", work / "model", "--profile", work / "p", "--codec", widths, "--allow-unseen")
-    done = moestro(*plan, "--bits", "3", "--budget", "mc_moe:scope=model", "--allow-plain", "-o", work / "mixed.json")
+    kept = ("--evidence", work / "evidence")
+    done = moestro(*plan, *kept, "--bits", "3", "--budget", "mc_moe:scope=model", "--allow-plain", "-o", work / "mixed.json")
     assert done.code == 0 and "compress.budget.mc_moe gives" in done.out, done.err
+    written = (work / "evidence").stat()
+    done = moestro(*plan, *kept, "--bits", "2.5", "--budget", "frequency", "--allow-plain")
+    assert done.code == 0 and (work / "evidence").stat().st_mtime_ns == written.st_mtime_ns, "other bits, nothing measured again"
+    done = moestro(*plan, *kept, "--bits", "3", "--method", "hqq")
+    assert done.code == 2 and "evidence with method 'compress.encode.rtn'" in done.err
+    done = moestro(*plan[:-3], *kept)
+    assert done.code == 2 and "--evidence without --bits" in done.err
+    done = moestro(*plan, "--evidence", work / "p", "--bits", "3")
+    assert done.code == 2 and "holds no evidence" in done.err
     assert moestro("apply", work / "mixed.json", "-o", work / "mixed", "-q").code == 0
     dtypes = {ref.dtype for ref in Checkpoint.open(work / "mixed").tensors.values()}
     assert {"int2:64", "int4:64"} <= dtypes
