@@ -91,7 +91,7 @@ def bits(
     as_json: Json = False,
 ) -> int:
     """Decide in how many bits weights are kept. Changes nothing yet."""
-    from moestro.cli.compress import read_compression, read_profile
+    from moestro.cli.compress import check_plan, read_compression, read_profile
     from moestro.cli.run import check_target
     from moestro.compress.bits import BitsWish, plan_bits
     from moestro.compress.trunk import told, trunk_matrices
@@ -121,18 +121,19 @@ def bits(
         tuple(drop or ()),
     )
     checkpoint = Checkpoint.open(with_revision(model, revision))
-    layout = describe(checkpoint)
+    layout, seen = describe(checkpoint), read_profile(profile)
     with progress("planning", "layers", quiet or as_json) as report:
         found = plan_bits(
             checkpoint,
             layout,
             wish,
-            profile=read_profile(profile),
+            profile=seen,
             profile_path=str(profile or ""),
             base=read_compression(after) if after is not None else None,
             evidence=evidence,
             progress=report,
         )
+    check_plan(found.plan, checkpoint, layout, seen)
     if output is not None:
         found.plan.save(output)
         if not quiet:

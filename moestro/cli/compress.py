@@ -12,7 +12,10 @@ from moestro.cli.arguments import Json, Model, Quiet, Revision, method_choice, w
 from moestro.cli.output import emit, progress, say, size
 
 if TYPE_CHECKING:
+    from moestro.compress.executor import Job
     from moestro.core.plans.compression import CompressionPlan
+    from moestro.models.checkpoint import Checkpoint
+    from moestro.models.layout import Layout
     from moestro.profile.profile import Profile
 
 EPILOG = """Examples:
@@ -122,6 +125,7 @@ def plan(
             base=read_compression(after) if after is not None else None,
             progress=report,
         )
+    check_plan(made, checkpoint, layout, seen)
     if output is not None:
         made.save(output)
         if not quiet:
@@ -138,6 +142,24 @@ def plan(
     if plain:
         say(told(plain, found, "--trunk-codec"))
     return 1 if unseen or plain else 0
+
+
+def check_plan(plan: CompressionPlan, checkpoint: Checkpoint, layout: Layout, seen: Profile | None) -> None:
+    """What `moestro apply` would find before its work. Raises as `compress.executor.prepare`."""
+    from moestro.compress.encoding import Encoder
+    from moestro.compress.executor import prepare
+
+    if seen is None and plan.encodings and plan.profile and Path(plan.profile).exists():
+        seen = read_profile(Path(plan.profile))
+    prepare(plan, checkpoint, layout, encoder=Encoder(plan, layout.facts, seen), form=form_of(plan))
+
+
+def form_of(plan: CompressionPlan) -> type[Job] | None:
+    """How the result is written: in tiles where an encoding has a codec, else as the original is."""
+    from moestro.compress.export.coded import CodedJob
+    from moestro.core.plans.compression import STORED
+
+    return CodedJob if any(e.codec != STORED for e in plan.encodings) else None
 
 
 def read_profile(path: Path | None) -> Profile | None:
@@ -163,9 +185,8 @@ def apply(plan: CompressionPlan, output: Path, model: str | None, profile: Path 
     """Write the model that the plan describes, and say what came out."""
     from moestro.compress.encoding import Encoder
     from moestro.compress.executor import compress
-    from moestro.compress.export.coded import CodedJob
+    from moestro.compress.stats import layer_stats
     from moestro.core.errors import PlanError
-    from moestro.core.plans.compression import STORED
     from moestro.models.checkpoint import Checkpoint
     from moestro.models.families import describe
 
@@ -173,13 +194,13 @@ def apply(plan: CompressionPlan, output: Path, model: str | None, profile: Path 
     layout = describe(checkpoint)
     seen = read_profile(profile or (Path(plan.profile) if plan.encodings and plan.profile else None))
     if seen is not None:
-        seen.check_model(layout.facts.fingerprint)
+        layer_stats(seen, layout.facts.fingerprint, len(layout.facts.layers))
         if seen.data != plan.inputs.get("profile"):
             raise PlanError(
                 "the profile is of another text than the one the plan was made from", fix="name that one with --profile"
             )
     encoder = Encoder(plan, layout.facts, seen)
-    form = CodedJob if any(e.codec != STORED for e in plan.encodings) else None
+    form = form_of(plan)
     with progress("writing", "layers", quiet or as_json) as report:
         try:
             made = compress(plan, checkpoint, layout, output, encoder=encoder, form=form, progress=report)
@@ -198,5 +219,5 @@ def apply(plan: CompressionPlan, output: Path, model: str | None, profile: Path 
         return
     if made.dropped and not quiet:
         say(f"left out, as the plan allows: {', '.join(made.dropped[:3])}" + (" and more" if len(made.dropped) > 3 else ""))
-    tiles = " in tiles" if form is CodedJob else ""
+    tiles = " in tiles" if form is not None else ""
     print(f"{output}: {plan.experts} experts per layer{tiles}, {size(made.bytes_after)} of {size(made.bytes_before)}")

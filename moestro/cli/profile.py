@@ -198,7 +198,7 @@ def choose(probe: list[str] | None, methods: list[str] | None, running: Runner, 
     from moestro.profile.probe import make, needed_by, requires, standard
     from moestro.profile.run import available
 
-    names = ["counts", *needed_by(methods)] if methods else standard(available(running, texts))
+    names = ["counts", *needed_by(map(_planned, methods))] if methods else standard(available(running, texts))
     choices: dict[str, dict[str, Any]] = {}
     for text in [*names, *(probe or ())]:
         short, options = method_choice(text)
@@ -207,6 +207,15 @@ def choose(probe: list[str] | None, methods: list[str] | None, running: Runner, 
     if "attention" in requires(made) and isinstance(running, AttentionAccess):
         running.show_attention()
     return made
+
+
+def _planned(name: str) -> str:
+    """The full name of the compression method that `moestro plan NAME` takes, where there is one; else the name as it is."""
+    from moestro.compress.planner import KINDS
+    from moestro.core.method import catalogue
+
+    full = [row["name"] for row in catalogue() if row["kind"] in KINDS and row["name"].rpartition(".")[2] == name]
+    return full[0] if len(full) == 1 else name
 
 
 def facts_of(made: Profile) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from moestro.compress.calibration import RARE, Calibration
 from moestro.compress.dropping import lost_tensors
 from moestro.compress.evidence import EvidenceFile, Progress, expert_size, measure
 from moestro.compress.smooth.smoothing import touched
+from moestro.compress.stats import layer_stats
 from moestro.compress.trunk import TrunkMatrices, plain_matrices, trunk_matrices
 from moestro.core.errors import InputError
 from moestro.core.experts import ExpertKey, ExpertSpec
-from moestro.core.method import Card, card_of, load
+from moestro.core.method import Card, card_of, check_options, load
 from moestro.core.plan import Subject
 from moestro.core.plans.compression import STORED, CompressionPlan, Encoding, LayerChange, Slot
 from moestro.models.checkpoint import Checkpoint
@@ -147,10 +148,13 @@ def plan_bits(
     """Give every expert and the trunk their bits. base: a plan to go on from. evidence: a file that keeps what each of several widths
     does to each expert, layer by layer, for a call that is stopped and for other bits.
 
-    Raises InputError for a wish that cannot be fulfilled, ProfileError for a profile of another model or without inputs, PlanError
+    Raises InputError for a wish that cannot be fulfilled, ProfileError for a profile of another model or without a layer, PlanError
     when `base` is of another model.
     """
     card = _known(wish.method, "encode", wish.options)
+    _known(wish.budget, "bits", wish.budget_options)
+    if profile is not None:
+        layer_stats(profile, layout.facts.fingerprint, len(layout.facts.layers))
     given = Calibration(profile, layout.facts) if profile is not None and "kept_x_LND" in profile.arrays else None
     if given is None and ("inputs" in card.needs or len(wish.codecs) > 1 or wish.smooth or wish.router):
         what = card.name if "inputs" in card.needs else wish.smooth or wish.router or "choosing bits"
@@ -208,8 +212,7 @@ def plan_bits(
 def _known(name: str, kind: str, options: Mapping[str, Any]) -> Card:
     """The method's card. Raises InputError for an option that it does not have."""
     card = card_of(load(name, kind))
-    if unknown := sorted(set(options) - {o.name for o in card.options if o.name != "codec"}):
-        raise InputError(f"{card.name} has no option {unknown[0]!r}", expected=", ".join(o.name for o in card.options))
+    check_options(card, options, beside=("codec",))
     return card
 
 

@@ -48,16 +48,17 @@ class Calibration:
         self.facts, self.prior, self._profile = facts, prior, profile
         self._arrays = tuple(profile.need("inputs", f"kept_{name}") for name in ("x_LND", "experts_LNK", "weights_LNK"))
         self._layer: tuple[int, LayerInputs, np.ndarray] | None = None
+        for la in facts.layers:
+            if la.ordinal >= len(self._arrays[1]) or not self._arrays[1][la.ordinal].any():
+                raise ProfileError(
+                    f"the profile kept no inputs of MoE layer {la.ordinal}", fix="profile more text with --probe inputs"
+                )
 
     def layer(self, ordinal: int) -> LayerInputs:
         """What is known of one layer; the last one asked for is kept."""
         if self._layer is None or self._layer[0] != ordinal:
             x_nD, experts_nK, weights_nK = (array[ordinal] for array in self._arrays)
             filled_n = np.flatnonzero(experts_nK.any(1))
-            if not len(filled_n):
-                raise ProfileError(
-                    f"the profile kept no inputs of MoE layer {ordinal}", fix="profile more text with --probe inputs"
-                )
             found = LayerInputs(
                 x_nD[filled_n].view(np.float16).astype(np.float32),
                 experts_nK[filled_n].astype(np.int64) - 1,

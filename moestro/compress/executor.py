@@ -19,13 +19,14 @@ import numpy as np
 from moestro.compress.dropping import layer_of, lost_tensors, predicts
 from moestro.compress.encoding import Encoder, plain
 from moestro.compress.record import write_record
+from moestro.compress.rehearsal import rehearse
 from moestro.compress.slots import build, mixed_rows
 from moestro.compress.smooth.smoothing import touched
 from moestro.core.errors import InputError, PlanError
 from moestro.core.experts import ExpertKey, ExpertWeights
 from moestro.core.plans.compression import CompressionPlan, LayerChange, Slot
 from moestro.models.bulk import BulkReader
-from moestro.models.checkpoint import Checkpoint, TensorRef
+from moestro.models.checkpoint import Checkpoint
 from moestro.models.experts import read_expert
 from moestro.models.families.resize import expert_axis, resized, router_tensors, without_predictions
 from moestro.models.layout import Layout, Part
@@ -67,11 +68,9 @@ def compress(
     UnsupportedModel when the family cannot hold the result, CheckpointError, StorageError; all that can be known before, before.
     """
     out = Path(out)
-    config, lost = prepare(plan, checkpoint, layout)
     if out.resolve() == checkpoint.path.resolve():
         raise InputError(f"{out} is the checkpoint being read", fix="choose another output folder")
-    job = (form or Job)(plan, checkpoint, layout, encoder or Encoder(plan, layout.facts))
-    config = job.configured(config)
+    job, config, lost = prepare(plan, checkpoint, layout, encoder=encoder, form=form)
     routers = {name: la for la in plan.layers for name in router_tensors(checkpoint, layout, la.ordinal)}
     by_index = {layout.facts.layers[la.ordinal].index: la for la in plan.layers}
     check_room(out, layout.facts.trunk_bytes + len(plan.layers) * job.layer_bytes)
@@ -105,8 +104,15 @@ def compress(
     return Compressed(made, checkpoint.nbytes, made.nbytes, tuple(sorted(lost)))
 
 
-def prepare(plan: CompressionPlan, checkpoint: Checkpoint, layout: Layout) -> tuple[dict[str, Any], set[str]]:
-    """The new config.json and the tensors that will be left out; everything that can be wrong is found here."""
+def prepare(
+    plan: CompressionPlan,
+    checkpoint: Checkpoint,
+    layout: Layout,
+    *,
+    encoder: Encoder | None = None,
+    form: type[Job] | None = None,
+) -> tuple[Job, dict[str, Any], set[str]]:
+    """The work, the new config.json and the tensors that will be left out; all that can be known to be wrong before is found here."""
     facts = layout.facts
     plan.check(facts)
     if unknown := sorted(set(plan.tensors) - set(layout.trunk)):
@@ -126,9 +132,18 @@ def prepare(plan: CompressionPlan, checkpoint: Checkpoint, layout: Layout) -> tu
                 expected="experts as F32, F16 or BF16",
                 fix="use a revision of the model in bfloat16",
             )
+    for name in plan.tensors:
+        ref = checkpoint.tensors[name]
+        if ref.dtype not in FLOATS or len(ref.shape) != 2:
+            raise PlanError(
+                f"{name} is {ref.dtype} {list(ref.shape)}", expected="a matrix of floats", fix="take it out of the plan"
+            )
+    rehearse(plan, facts)
     reshaped = plan.experts != facts.layers[0].num_experts or plan.width(facts) != facts.layers[0].spec.d_expert
     lost = lost_tensors(plan.dropped, layout, reshaped=reshaped)
-    return without_predictions(config) if any(predicts(name, facts) for name in lost) else config, lost
+    job = (form or Job)(plan, checkpoint, layout, encoder or Encoder(plan, facts))
+    config = job.configured(without_predictions(config) if any(predicts(name, facts) for name in lost) else config)
+    return job, config, lost
 
 
 class Job:
@@ -253,22 +268,8 @@ class Job:
 
     def write_tensor(self, name: str, numbers: tuple[int, ...], writer: CheckpointWriter) -> None:
         """A trunk tensor after its encodings."""
-        made, dtype = self.encoder.matrix(name, numbers, self.floats(name)), self.checkpoint.tensors[name].dtype
+        made, dtype = self.encoder.matrix(name, numbers, self.rescaled(name)), self.checkpoint.tensors[name].dtype
         writer.add(name, stored(plain(made), dtype), dtype)
-
-    def floats(self, name: str) -> np.ndarray:
-        """A trunk matrix in float32."""
-        self.matrix_ref(name)
-        return self.rescaled(name)
-
-    def matrix_ref(self, name: str) -> TensorRef:
-        """Where a trunk matrix lies. Raises PlanError when it is no matrix of floats."""
-        ref = self.checkpoint.tensors[name]
-        if ref.dtype not in FLOATS or len(ref.shape) != 2:
-            raise PlanError(
-                f"{name} is {ref.dtype} {list(ref.shape)}", expected="a matrix of floats", fix="take it out of the plan"
-            )
-        return ref
 
 
 def router_rows(checkpoint: Checkpoint, layout: Layout, ordinal: int) -> np.ndarray:

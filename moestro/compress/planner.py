@@ -6,7 +6,6 @@ A plan may start from another one (`base`): the method then sees that plan's exp
 from __future__ import annotations
 
 import difflib
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,7 @@ from moestro.compress.stats import LayerStats, layer_stats
 from moestro.compress.trunk import trunk_matrices
 from moestro.core.errors import InputError, PlanError
 from moestro.core.experts import ExpertKey
-from moestro.core.method import card_of, catalogue, load
+from moestro.core.method import card_of, catalogue, check_options, load
 from moestro.core.plan import Subject
 from moestro.core.plans.compression import STORED, CompressionPlan, LayerChange, Slot
 from moestro.models.checkpoint import Checkpoint
@@ -66,10 +65,15 @@ class Wish:
                 "how much to keep is given " + ("twice" if self.keep is not None else "nowhere"), expected="--keep or --ratio"
             )
         if self.ratio is not None and not 0 <= self.ratio < 1:
-            raise InputError(f"the ratio is {self.ratio}", expected="the share to remove, from 0 to below 1")
+            share = self.ratio / 100
+            fix = f"for {self.ratio:g} %, give --ratio {share:g}" if 0 < share < 1 else ""
+            raise InputError(f"the ratio is {self.ratio}", expected="the share to remove, from 0 to below 1", fix=fix)
         keep = self.keep if self.keep is not None else math.ceil(of * (1 - (self.ratio or 0)) / multiple - 1e-9) * multiple
         if not 1 <= keep <= of:
             raise InputError(f"{keep} of {of} are to be kept", expected=f"1 to {of}")
+        if self.ratio and keep == of:
+            fix = f"give --keep, a multiple of {multiple} below {of}" if of > multiple else ""
+            raise InputError(f"a ratio of {self.ratio:g} removes none of {of}", expected=f"{multiple / of:g} or more", fix=fix)
         return keep
 
 
@@ -91,7 +95,7 @@ def plan_compression(
     """
     fn = find(method)
     card, facts = card_of(fn), layout.facts
-    _check_options(fn, wish.options)
+    check_options(card, wish.options, beside=("codec", "protected"))
     if base is not None:
         base.check(facts)
     needs_profile = card.kind not in ("encode", "share") and (card.kind != "skip" or bool(card.needs))
@@ -115,6 +119,7 @@ def plan_compression(
         protected=base.protected if base else (),
         stated=base.stated if base else (),
         profile=profile_path or (base.profile if base else ""),
+        loss_unit=base.loss_unit if base else "",
     )
     lost_tensors(plan.dropped, layout)
     if card.kind == "skip":
@@ -141,7 +146,7 @@ def find(name: str) -> Any:
     if len(kinds) == 1:
         return load(name, kinds[0])
     short = [row["name"].rpartition(".")[2] for row in rows]
-    near = difflib.get_close_matches(name, short, n=2)
+    near = difflib.get_close_matches(name.lower(), short, n=2)
     raise InputError(
         f"{name!r} is {'several compression methods' if kinds else 'no compression method'}",
         expected="one of " + ", ".join(sorted(short)),
@@ -203,8 +208,18 @@ def _reshaping(
     ids = [tuple(slot.sources[0] for slot in la.slots) for la in plan.layers]
     stats = [replace(s, experts=e) for s, e in zip(stats, ids, strict=True)]
     groups = max(f.router.groups for f in facts)
-    keep = wish.kept(min(map(len, ids)), groups)
+    keep, few = wish.kept(min(map(len, ids)), groups), [least(f) for f in facts]
     repoint = kind == "group" and wish.router == "repoint"
+    if keep < max(few) and not repoint:
+        worst = facts[int(np.argmax(few))]
+        why = f" of {worst.router.groups_kept} open groups out of {worst.router.groups}" if worst.router.groups > 1 else ""
+        raise InputError(
+            f"{keep} experts of each layer are to be kept, and a token uses {worst.top_k}{why}",
+            expected=f"{max(few)} or more",
+            fix=f"--keep {max(few)}"
+            if max(few) < min(map(len, ids))
+            else "the experts of this model can be merged with --router repoint",
+        )
     lost_tensors(plan.dropped, layout, reshaped=keep < facts[0].num_experts and not repoint)
     if kind == "search":
         made = []
@@ -215,7 +230,6 @@ def _reshaping(
             if progress:
                 progress(i + 1, len(facts))
         return replace(plan, layers=tuple(made), loss_unit="share of the layer's output energy")
-    few = [least(f) for f in facts]
     if kind == "criterion":
         scores = [np.asarray(fn(s, **options), np.float64) for s in stats]
         counts = load(wish.budget, "budget")(scores, keep * len(scores), few)
@@ -271,12 +285,3 @@ def _asked(wish: Wish) -> dict[str, Any]:
         n: getattr(wish, n) for n in ("keep", "ratio", "budget", "fuse", "align", "router", "codec", "trunk_codec", "protect")
     }
     return {n: v for n, v in said.items() if v != getattr(usual, n)} | dict(wish.options)
-
-
-def _check_options(fn: Any, options: Mapping[str, Any]) -> None:
-    """Raises InputError for an option that the method does not have."""
-    known = [
-        n for n, p in inspect.signature(fn).parameters.items() if p.kind is p.KEYWORD_ONLY and n not in ("protected", "codec")
-    ]
-    if unknown := sorted(set(options) - set(known)):
-        raise InputError(f"{card_of(fn).name} has no option {unknown[0]!r}", expected=", ".join(known) or "no options")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moestro.compress.slots import arrays_of
+from moestro.compress.stats import LayerStats
 from moestro.core.errors import ProfileError, UnsupportedModel
 from moestro.core.experts import ExpertKey, ExpertSpec, ExpertWeights
 from moestro.core.layer import LayerFacts
@@ -41,7 +42,7 @@ class LayerSample:
                 expected="softmax, sigmoid or logits", fix="use a criterion such as reap",
             )  # fmt: skip
         there = profile.need("samples", "sampled_N") > 0
-        x_nD = profile.need("samples", "input_samples_LND")[ordinal][there].astype(np.float32)
+        x_nD = LayerStats(profile, ordinal).need("samples", "input_samples_LND")[there].astype(np.float32)
         if not len(x_nD):
             raise ProfileError("the profile holds no sampled inputs", fix="profile more text with --probe samples")
         logits_nE, choice_E = _router(checkpoint, layout, ordinal, x_nD)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -46,9 +46,7 @@ class LayerStats:
         """
         array, axes = self.profile.need(probe, name), name.rpartition("_")[2]
         if self.ordinal >= array.shape[axes.index("L")]:
-            raise ProfileError(
-                f"the profile's {name} ends before MoE layer {self.ordinal}", expected="every layer", fix="profile again"
-            )
+            _lacks(f"the profile's {name} ends before MoE layer {self.ordinal}")
         array = np.take(array, self.ordinal, axes.index("L"))
         for axis, letter in enumerate(axes.replace("L", "")):
             if letter == "E":
@@ -80,10 +78,19 @@ class LayerStats:
 
 
 def layer_stats(profile: Profile, fingerprint: str, layers: int) -> list[LayerStats]:
-    """Of every layer. Raises ProfileError when the profile is of another model, InputError when it counted no tokens."""
+    """Of every layer. Raises ProfileError when the profile is of another model or lacks a layer, InputError when it counted no tokens."""
     profile.check_model(fingerprint)
     if len(profile.layers) != layers:
         raise ProfileError(f"the profile has {len(profile.layers)} MoE layers, the model {layers}", fix="profile again")
     if not profile.tokens:
         raise InputError("the profile counted no tokens", fix="profile more text")
+    counts = profile.arrays.get("counts_LE")
+    if counts is not None and len(counts) < layers:
+        _lacks(f"the profile's counts_LE ends before MoE layer {len(counts)}")
+    if counts is not None and (empty := np.flatnonzero(counts.sum(1) == 0)).size:
+        _lacks(f"the profile saw no token in MoE layer {empty[0]}")
     return [LayerStats(profile, ordinal) for ordinal in range(layers)]
+
+
+def _lacks(found: str) -> NoReturn:
+    raise ProfileError(found, expected="every layer", fix="profile again")

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any, TypeVar
@@ -127,10 +127,12 @@ def load(name: str, kind: str | None = None) -> Any:
     if len(found) == 1:
         return getattr(importlib.import_module(found[0]["module"]), found[0]["attribute"])
     names = [r["name"] for r in rows] + [r["name"].rsplit(".", 1)[-1] for r in rows]
+    if found:
+        raise InputError(f"{name!r} is the name of {len(found)} methods", expected=" or ".join(r["name"] for r in found))
     near = difflib.get_close_matches(name, names, n=3)
     what = f"a method of kind {kind!r}" if kind else "a method"
     raise InputError(
-        f"{name!r} is {'ambiguous among ' + ', '.join(r['name'] for r in found) if found else 'not ' + what}",
+        f"{name!r} is not {what}",
         expected="one of " + ", ".join(sorted({r["name"].rsplit(".", 1)[-1] for r in rows})),
         fix=f"did you mean {' or '.join(near)}?" if near else "moestro methods",
     )
@@ -139,6 +141,31 @@ def load(name: str, kind: str | None = None) -> Any:
 def card_of(obj: Any) -> Card:
     """The card attached to a method's function, class or instance."""
     return obj.__card__
+
+
+def check_options(card: Card, options: Mapping[str, Any], *, beside: tuple[str, ...] = ()) -> None:
+    """Raises InputError for an option that the method does not have, or whose value is not of the type that its card says.
+
+    beside: keyword arguments that are no options of this use.
+    """
+    known = {o.name: o.type for o in card.options if o.name not in beside}
+    for name, value in options.items():
+        if name not in known:
+            raise InputError(
+                f"{card.name} has no option {name!r}",
+                expected=", ".join(known) or "no options",
+                fix=f"moestro methods {card.name}",
+            )
+        if not fits(value, known[name]):
+            raise InputError(f"{card.name}: {name} is {value!r}", expected=f"a value of type {known[name]}")
+
+
+def fits(value: Any, type_name: str) -> bool:
+    """Whether an option's value is of the type its card says; types that are not plain are not checked."""
+    plain = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    if type_name not in plain:
+        return True
+    return isinstance(value, plain[type_name]) and (type_name == "bool" or not isinstance(value, bool))
 
 
 def as_row(card: Card) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from moestro.core.errors import InputError
 from moestro.core.layer import ModelFacts
-from moestro.core.method import card_of, catalogue, load
+from moestro.core.method import card_of, catalogue, check_options, load
 from moestro.profile.seen import Seen, SeenLayer
 from moestro.profile.statistics import Statistic
 
@@ -105,27 +105,9 @@ def make(choices: Mapping[str, Mapping[str, Any]]) -> dict[str, Probe]:
     for name, options in choices.items():
         cls = load(name, "probe")
         card = card_of(cls)
-        if unknown := set(options) - {option.name for option in card.options}:
-            raise InputError(
-                f"{card.name} has no option {sorted(unknown)[0]!r}",
-                expected=", ".join(o.name for o in card.options) or "no options",
-                fix=f"moestro methods {card.name}",
-            )
-        for option in card.options:
-            if option.name in options and not fits(options[option.name], option.type):
-                raise InputError(
-                    f"{card.name}: {option.name} is {options[option.name]!r}", expected=f"a value of type {option.type}"
-                )
+        check_options(card, options)
         out[card.name] = cls(**options)
     return out
-
-
-def fits(value: Any, type_name: str) -> bool:
-    """Whether an option's value is of the type its card says; types that are not plain are not checked."""
-    plain = {"int": int, "float": (int, float), "bool": bool, "str": str}
-    if type_name not in plain:
-        return True
-    return isinstance(value, plain[type_name]) and (type_name == "bool" or not isinstance(value, bool))
 
 
 def requires(probes: Mapping[str, Probe]) -> frozenset[str]:

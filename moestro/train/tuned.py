@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moestro.core.errors import InputError
-from moestro.core.method import card_of, load
+from moestro.core.method import card_of, check_options, load
 from moestro.core.plans.compression import TapUse
 from moestro.models.taps import ARRAYS
 from moestro.train.config import TrainConfig
@@ -52,9 +52,7 @@ def make(name: str, student: Pretrained, teacher: Pretrained | None, options: Ma
     """The tuning of this name. teacher: the original, frozen. Raises InputError for unknown options and for a missing teacher."""
     fn = load(name, "tuning")
     card = card_of(fn)
-    known = {option.name for option in card.options}
-    if unknown := sorted(set(options) - known):
-        raise InputError(f"{card.name} has no option {unknown[0]!r}", expected=", ".join(sorted(known)) or "no options")
+    check_options(card, options)
     if "teacher" in card.needs and teacher is None:
         raise InputError(f"{card.name} learns from the original", expected="the original model", fix="name it with --against")
     return fn(student, teacher, **options)

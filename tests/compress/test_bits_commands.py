@@ -83,6 +83,10 @@ def test_nothing_is_left_silently(moestro, work):  # noqa: F811
         (("--codec", "int5:32"), "unknown codec"),
         (("--codec", "int2:32,int4:32", "--bits", "1"), "too few"),
         (("--method", "gptq:dump=1"), "no option 'dump'"),
+        (("--method", "gptq:ordered=no", "--codec", "int4:32"), "type bool"),
+        (("--codec", "int2:32,int4:32", "--bits", "3", "--budget", "mc_moe:alpha=x"), "type float"),
+        (("--codec", "stored"), "no tiles"),
+        (("--codec", "int4:32", "--trunk", "f16"), "no tiles"),
     ):
         done = moestro(*plan, "--allow-plain", *wrong)
         assert done.code == 2 and said in done.err, (wrong, done.err)

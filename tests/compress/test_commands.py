@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from moestro.compress.record import read_plan_of
 from moestro.core.plan import read_plan
+from moestro.profile.profile import Profile
 from moestro.testing.tiny import save_tiny
 from tests.cli.conftest import moestro  # noqa: F401
 
@@ -122,7 +124,15 @@ def test_experts_are_pruned_and_coded_in_one_plan(moestro, work):  # noqa: F811
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["reap", "--keep", "3"], "at least 4"),
+        (["reap", "--keep", "3"], "a token uses 4"),
+        (["reap", "--ratio", "25"], "--ratio 0.25"),
+        (["reap", "--ratio", "0.01"], "removes none of 8"),
+        (["moe_pruner:ratio=50"], "from 0 to below 1"),
+        (["low_rank:rank=x"], "a value of type int"),
+        (["latent:group=3"], "a divisor"),
+        (["rtn", "--codec", "f16"], "no tiles"),
+        (["rtn", "--codec", "int4:32", "--trunk-codec", "int9:2"], "unknown codec"),
+        (["hqq", "--codec", "int4:32"], "no offset"),
         (["reap"], "--keep or --ratio"),
         (["reap", "--keep", "4", "--ratio", "0.5"], "twice"),
         (["reap", "--ratio", "1.5"], "0 to below 1"),
@@ -194,3 +204,22 @@ def test_bad_ways_to_apply(moestro, work, tmp_path, monkeypatch):  # noqa: F811
     assert done.code == 2 and "written into its folder" in done.err
     done = moestro("eval", work / "model", "--against", work / "model", "--data", work / "other.txt")
     assert done.code == 2 and "no moestro.json" in done.err
+
+
+def test_a_profile_that_lacks_a_layer(moestro, work):  # noqa: F811
+    made = Profile.open(work / "p")
+    short = {name: array[:-1] if name in ("counts_LE", "input_samples_LND") else array for name, array in made.arrays.items()}
+    replace(made, arrays=short, trace=None).save(work / "short")
+    replace(made, arrays=short | {"counts_LE": made.arrays["counts_LE"] * [[1], [0], [1]]}, trace=None).save(work / "gap")
+    for method in ("reap", "moe_pruner", "reconstruction"):
+        for name, said in (("short", "ends before MoE layer 2"), ("gap", "saw no token in MoE layer 1")):
+            keep = () if method == "moe_pruner" else ("--keep", 6)
+            done = moestro("plan", method, work / "model", "--profile", work / name, *keep, "-o", work / "never.json")
+            assert done.code == 2 and said in done.err and not (work / "never.json").exists(), done.err
+
+
+def test_a_profile_for_the_method_that_plan_takes(moestro, work):  # noqa: F811
+    asked = ("profile", work / "model", work / "book.txt", "-o", work / "narrow", "--tokens", 90, "--length", 48, "-q")
+    done = moestro(*asked, "--for", "contribution", "--allow-unseen")
+    assert done.code == 0 and "gated_hidden_LEF" in Profile.open(work / "narrow").arrays, done.err
+    assert "compress.sparsify.low_rank or" in moestro("methods", "low_rank").err

@@ -149,9 +149,9 @@ class CodedJob(Job):
             self._put(writer, name, self._encoded(name, numbers), codec)
 
     def _encoded(self, name: str, numbers: tuple[int, ...]) -> np.ndarray | Packed:
-        ref = self.matrix_ref(name)
+        ref = self.checkpoint.tensors[name]
         if name in self.touched or not self.encoder.takes_stored(numbers):
-            return self.encoder.matrix(name, numbers, self.floats(name))
+            return self.encoder.matrix(name, numbers, self.rescaled(name))
         with self.bulk.lend([ref]) as (raw,):
             w_RC = raw.view(NUMPY[ref.dtype]).reshape(ref.shape)
             try:

@@ -91,8 +91,11 @@ def codec_of(packed: Packed) -> Codec:
 
 
 def coded_bytes(codec: str, shape: tuple[int, ...]) -> int:
-    """Of a coded tensor. Raises InputError for an unknown codec or one that does not fit."""
-    check_fit(parse_codec(codec), shape[1])
+    """Of a coded tensor. Raises InputError for an unknown codec, one of plain numbers, or one that does not fit."""
+    made = parse_codec(codec)
+    if not made.tiled:
+        raise InputError(f"{codec} has no tiles of few bits", expected="a codec such as int8:32, uint4:64 or mxfp4")
+    check_fit(made, shape[1])
     return sum(_padded(codec, shape))
 
 
