@@ -45,6 +45,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a model for vLLM (compressed-tensors) or llama.cpp (gguf). No number changes; what has no place there is an error."""
+    from moestro.cli.run import check_target
     from moestro.models.checkpoint import Checkpoint
     from moestro.models.taps import read_taps
 
@@ -52,6 +53,7 @@ def export(
     if read_taps(checkpoint):
         say(f"{model} skips experts when moestro runs it; other programs will run every expert")
     if to == "gguf":
+        check_target(output, "--output")
         if allow_plain:
             bad_argument("--allow-plain is for compressed-tensors", "none: a GGUF file holds plain weights as they are")
         from moestro.compress.export.gguf import gguf

@@ -30,6 +30,7 @@ def tune(
     """Train, write the model to `output` with the record of how it came about, and say what was found. Returns the exit code."""
     import torch
 
+    from moestro.cli.run import check_target
     from moestro.cli.train import Progress, stopping
     from moestro.compress.record import write_record
     from moestro.models.checkpoint import Checkpoint
@@ -45,6 +46,7 @@ def tune(
         torch.set_num_threads(threads)
     if output.exists() and any(output.iterdir()):
         bad_argument(f"{output} exists already", "a new folder")
+    check_target(output.with_name(output.name + ".training") / "log.jsonl", "--output")
     name, options = method_choice(method)
     checkpoint = Checkpoint.open(model)
     if read_taps(checkpoint):

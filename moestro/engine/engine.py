@@ -41,7 +41,7 @@ from moestro.models.checkpoint import Checkpoint
 from moestro.models.codecs.coded import changes_said
 from moestro.models.codecs.encode import PLANES, ROUNDED
 from moestro.models.layout import Layout
-from moestro.models.taps import RoutingTaps
+from moestro.models.taps import RoutingTaps, made_by
 
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 
@@ -50,8 +50,8 @@ class Engine:
     """A running model. Use it as a context manager, or call `close`. Not for several threads at once.
 
     plan: what it keeps where. facts: of the model. context: tokens a sequence may have, prompt and answer together.
-    changes: what differs from the checkpoint's own numbers; empty when the run is exact. packed: the folder of packed weights that
-    the run is exact to, or ''.
+    changes: what differs from the original's numbers; empty when the run is exact. packed: the folder of packed or compressed weights
+    that the run is exact to, or ''.
     """
 
     def __init__(
@@ -97,7 +97,8 @@ class Engine:
         self.tasks, self.task = tasks, ""
         if tasks is not None:
             tasks.check(layout.facts)
-        self.changes, self.packed = self._changes(), self._packed()
+        self.changes = self._changes()
+        self.packed = self._packed()
         self.recorder = Recorder(self.facts, {"method": plan.method, "dtype": plan.dtype}) if trace else None
         self._step, self._prefilling, self._watched, self._inputs = 0, False, False, False
         self._records: list[tuple[np.ndarray, ...]] = []
@@ -235,7 +236,7 @@ class Engine:
         return NativeTrunk(self.checkpoint, self.layout, self._seam, self.plan.dtype, **options)
 
     def _changes(self) -> tuple[str, ...]:
-        out = [*changes_said(self.checkpoint.config), *self.store.changes]
+        out = [*self._own_changes(), *self.store.changes]
         own, used = self.facts.dtype, self.facts.dtype if self.plan.dtype == "auto" else self.plan.dtype
         if own != used and used != "float32" and self.plan.trunk == "transformers":
             out.append(f"the trunk's {own} weights are rounded to {used}")
@@ -244,15 +245,23 @@ class Engine:
             out.append(ROUNDED)
         if self.plan.precision is not None and self.plan.precision.bound:
             out.append(self.plan.precision.summary())
-        if self.taps is not None:
-            out.append(self.taps.said)
         if self.task:
             out.append(f"routers choose among the experts of the task {self.task!r} alone")
         return tuple(dict.fromkeys(out))
 
+    def _own_changes(self) -> list[str]:
+        """How the folder differs from the model that it was made from."""
+        made = made_by(self.checkpoint)
+        origin = made[0].origin(made[1]) if made is not None else ""
+        taps = [self.taps.said] if self.taps is not None else []
+        return [*([origin] if origin else []), *changes_said(self.checkpoint.config), *taps]
+
     def _packed(self) -> str:
-        """A packed folder is a model of its own: its experts with all their bits and the trunk beside them, or the checkpoint's."""
+        """A packed folder is a model of its own: its experts with all their bits and the trunk beside them, or the checkpoint's. So is a
+        folder that a compression plan made."""
         store = self.store
+        if self.changes and self.changes == tuple(dict.fromkeys(self._own_changes())):
+            return str(self.checkpoint.path)
         if (
             not isinstance(store, PackedStore)
             or self.taps is not None
@@ -396,7 +405,8 @@ class Engine:
         self.store.limit(self.store.cap(_checked(planes)))
         self.cache.forget()
         self.cache.preload()
-        self.changes, self.packed = self._changes(), self._packed()
+        self.changes = self._changes()
+        self.packed = self._packed()
 
     def begin(self) -> None:
         """Before a generation: the files must still be the ones that were opened, and counts start anew. Raises CheckpointError."""
@@ -465,7 +475,8 @@ class Engine:
         found = self.tasks.nearest(self.trunk.glance(np.asarray(ids, np.int64)[None]))
         self.trunk.restrict(found.kept)
         self.task = found.name
-        self.changes, self.packed = self._changes(), self._packed()
+        self.changes = self._changes()
+        self.packed = self._packed()
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

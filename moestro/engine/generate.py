@@ -52,7 +52,7 @@ class Statistics:
     """What a generation took. Rates in tokens/s over all sequences; bytes as asked of the disk; memory as the kernel counts it.
 
     decode_tokens: tokens that came from decode passes (each sequence's first token comes from prefill).
-    exact: every number is the checkpoint's; else `changes` says what is not. packed: the folder of packed weights whose numbers
+    exact: every number is the checkpoint's; else `changes` says what is not. packed: the folder of packed or compressed weights whose numbers
     all were used as they are, '' without one. routed, skipped: chosen experts, and how many of them taps on the routing left out.
     """
 

@@ -25,17 +25,26 @@ ARRAYS = Path("taps", "weights.safetensors")  # what learned taps read; not wher
 
 def read_taps(checkpoint: Checkpoint) -> tuple[tuple[TapUse, ...], ...]:
     """What each MoE layer is given, in order; () where the folder asks for nothing. Raises CheckpointError."""
+    made = made_by(checkpoint)
+    taps = tuple(la.taps for la in made[0].layers) if made is not None else ()
+    return taps if any(taps) else ()
+
+
+def made_by(checkpoint: Checkpoint) -> tuple[CompressionPlan, int] | None:
+    """The compression plan that made the folder, and the experts that a layer had before; None without one. Raises CheckpointError."""
     try:
         record = json.loads((checkpoint.path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return ()
+        return None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.path / MANIFEST} cannot be read: {error}", fix="apply the plan again") from error
     plan = record.get("plan") if isinstance(record, dict) else None
     if not isinstance(plan, dict) or plan.get("kind") != CompressionPlan.kind:
-        return ()
-    taps = tuple(la.taps for la in CompressionPlan.from_json(plan).layers)
-    return taps if any(taps) else ()
+        return None
+    try:
+        return CompressionPlan.from_json(plan), int(record["experts"]["before"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.path / MANIFEST} lacks {error}", fix="apply the plan again") from error
 
 
 def make_taps(uses: tuple[TapUse, ...], folder: Path) -> tuple[Any, ...]:

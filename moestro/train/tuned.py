@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,15 @@ def loop_of(
         documents = (row for spec in config.data.sources for row in read(spec, field=config.data.text_field))
         folder.mkdir(parents=True, exist_ok=True)
         prepare(documents, config.data.tokenizer, folder / "tokens")
+    try:
+        return _loop(config, student, tuning, folder, group, report)
+    except InputError:
+        if not (folder / "checkpoints").exists():  # another text may be given next time
+            shutil.rmtree(folder)
+        raise
+
+
+def _loop(config: TrainConfig, student: Pretrained, tuning: Tuning, folder: Path, group: Group, report: Report | None) -> Loop:
     data, facts = config.data, student.model.facts
     tokens = open_tokens(folder / "tokens")
     if data.mask_documents or config.model.vocabulary > facts.vocabulary:

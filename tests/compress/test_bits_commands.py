@@ -43,6 +43,7 @@ def test_from_a_profile_to_a_model_that_runs(moestro, work):  # noqa: F811
     assert done.code == 0 and "in tiles" in done.out, done.err
     done = moestro("run", work / "small", "The quick", "--memory", "2GiB", "-n", "3", "--ignore-eos")
     assert done.code == 0 and "SHRUNK: weights are kept as int4:32 (encode.gptq)" in done.err, done.err
+    assert f"EXACT to the packed model: every number is that of {work / 'small'}" in done.err
     done = moestro("export", work / "small", "-o", work / "small.gguf", "--to", "gguf", "--pre", "gpt-2", "--json")
     assert done.code == 0 and done.json["bytes"] == (work / "small.gguf").stat().st_size
     done = moestro("export", work / "small", "-o", work / "ct", "--to", "compressed-tensors")

@@ -54,6 +54,10 @@ def test_from_a_profile_to_a_model_card(moestro, work):  # noqa: F811
     assert "3 MoE layers of 6 experts" in shown.out and "75.0 %" in shown.out
     done = moestro("apply", work / "plan.json", "-o", work / "smaller", "--json")
     assert done.code == 0 and done.json["experts"] == 6 and done.json["bytes_after"] < done.json["bytes_before"]
+    ran = moestro("run", work / "smaller", "--raw", "The quick", "-n", "2")
+    assert f"SHRUNK: made from {work / 'model'} by compress.criteria.reap: 6 of 8 experts in a layer\nEXACT to" in ran.err, (
+        ran.err
+    )
     judged = moestro("eval", work / "smaller", "--against", work / "model", "--data", work / "other.txt", "--length", "48",
                      "--plan", work / "plan.json", "--json")  # fmt: skip
     assert judged.code == 0, judged.err

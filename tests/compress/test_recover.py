@@ -70,6 +70,10 @@ def test_recovered_after_pruning(moestro, work):  # noqa: F811
     assert again.code == 2 and "exists" in again.err
     none = moestro("train", "router_norms", "--model", work / "small", "--data", work / "book.txt", "-o", work / "none", *QUICK)
     assert none.code == 2 and "--against" in none.err
+    (work / "word.txt").write_text("hi")
+    asked = ("train", "router_norms", "--model", work / "small", "--against", work / "model", "-o", work / "none")
+    short = moestro(*asked, "--data", work / "word.txt", *QUICK)
+    assert short.code == 2 and "or more" in short.err and not list(work.glob("none*")), "the next text is another one"
 
 
 def test_learned_masks_are_obeyed(moestro, work):  # noqa: F811
@@ -79,7 +83,7 @@ def test_learned_masks_are_obeyed(moestro, work):  # noqa: F811
     found = judged(moestro, work, "masked")
     assert 0.1 < found["skipped"] < 0.8 and found["kl"] > 0
     engine = engine_equals_live(work / "masked")
-    assert engine.changes == ("experts are skipped by layers.taps.learned_mask",)
+    assert engine.changes[1:] == ("experts are skipped by layers.taps.learned_mask",) and "train.tuning.otp" in engine.changes[0]
     (work / "masked" / "taps" / "weights.safetensors").write_bytes(b"nothing")
     broken = moestro("eval", work / "masked", "--against", work / "model", "--data", work / "other.txt")
     assert broken.code == 2 and "taps" in broken.err

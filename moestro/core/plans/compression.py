@@ -254,6 +254,21 @@ class CompressionPlan(Plan):
             if bad := [i for i in numbers if not 0 <= i < len(self.encodings)]:
                 raise PlanError(f"{name} has the encoding {bad[0]}, the plan has {len(self.encodings)}")
 
+    def origin(self, before: int) -> str:
+        """What the weights were made of and how, in words; '' when they are the original's, number formats and taps left aside.
+
+        before: experts of each layer of the original.
+        """
+        few, merged = min(len(la.slots) for la in self.layers), sum(len(s.sources) > 1 for la in self.layers for s in la.slots)
+        narrow = {len(s.neurons) for la in self.layers for s in la.slots if s.neurons}
+        changed = {n for la in self.layers for s in la.slots for n in s.encodings if self.encodings[n].codec == STORED}
+        said = [f"{few} of {before} experts in a layer"] if few < before else []
+        said += [f"{merged} experts merged from several"] if merged else []
+        said += [f"experts of {max(narrow)} neurons"] if narrow else []
+        said += [f"weights changed by {self.encodings[n].method}" for n in sorted(changed)]
+        said += ["trained"] if any(step.startswith("train.") for step in self.method.split(" > ")) else []
+        return f"made from {self.subjects[0].path} by {self.method}: {', '.join(said)}" if said else ""
+
     def summary(self) -> str:
         slots = [len(la.slots) for la in self.layers]
         merged = sum(len(s.sources) > 1 for la in self.layers for s in la.slots)
