@@ -34,6 +34,7 @@ def tasks(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the plan here.", show_default=False)
     ] = None,
     positive: Annotated[bool, typer.Option(help="Count router logits above 0 only.")] = True,
+    protect: Annotated[bool, typer.Option(help="Every task keeps Super Experts, where a profile looked for them.")] = True,
     revision: Revision = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -50,7 +51,7 @@ def tasks(
     checkpoint = Checkpoint.open(with_revision(model, revision))
     named = [(name or Path(file).stem, file) for name, _, file in (_split(text) for text in profile)]
     profiles = [(name, Profile.open(Path(file))) for name, file in named]
-    made = retrieval(profiles, describe(checkpoint).facts, checkpoint.source, keep=keep, positive=positive)
+    made = retrieval(profiles, describe(checkpoint).facts, checkpoint.source, keep=keep, positive=positive, protect=protect)
     if output is not None:
         made.save(output)
         if not quiet:

@@ -56,6 +56,9 @@ class Encoder:
                 raise PlanError(f"{encoding.method} reads inputs", fix="give a profile made with --probe inputs")
             if kind == "sparsify" and profile is None:
                 raise PlanError(f"{encoding.method} reads statistics", fix="give the profile with --profile")
+            if kind == "sparsify" and profile is not None:
+                for name in ("gated_moment_LED", "gated_hidden_LEF"):
+                    profile.need("moments", name)
             if kind == "encode" and given is None and "inputs" in card_of(fn).needs:
                 raise PlanError(
                     f"{encoding.method} reads what the matrices are multiplied with",

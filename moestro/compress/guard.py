@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moestro.core.experts import ExpertKey
+from moestro.core.plans.compression import CompressionPlan
 from moestro.profile.measures.super_experts import super_experts
 from moestro.profile.profile import Profile
 
@@ -13,3 +16,20 @@ def guarded(profile: Profile) -> tuple[tuple[ExpertKey, ...], str]:
         return (), "Super Experts were not looked for: the profile was made without --probe maxima"
     found = super_experts(profile)
     return tuple(map(ExpertKey, found.column("layer"), found.column("expert"))), ""
+
+
+def spared(plan: CompressionPlan, before: CompressionPlan, protected: tuple[ExpertKey, ...], *, sparing: bool) -> CompressionPlan:
+    """The plan with the slots that hold a protected expert as they were in `before`, or, where all slots have to be alike, with a word
+    on what is done to them."""
+    keys = {tuple(key) for key in protected}
+    held = [[any((la.ordinal, e) in keys for e in slot.sources) for slot in la.slots] for la in plan.layers]
+    if not any(map(any, held)):
+        return plan
+    if not sparing:
+        names = ", ".join(f"layer {key.layer} expert {key.expert}" for key in protected)
+        return replace(plan, stated=(*plan.stated, f"Super Experts are changed like all others: {names}"))
+    layers = tuple(
+        replace(la, slots=tuple(old if kept else new for new, old, kept in zip(la.slots, was.slots, row, strict=True)))
+        for la, was, row in zip(plan.layers, before.layers, held, strict=True)
+    )
+    return replace(plan, layers=layers, protected=tuple(dict.fromkeys((*plan.protected, *protected))))

@@ -16,7 +16,7 @@ import numpy as np
 from moestro.compress.bits import encode_experts, encode_trunk, expert_bytes
 from moestro.compress.choosing import choose, least
 from moestro.compress.dropping import lost_tensors
-from moestro.compress.guard import guarded
+from moestro.compress.guard import guarded, spared
 from moestro.compress.merging import Merging, merged_layer
 from moestro.compress.sampling import LayerSample
 from moestro.compress.skipping import with_taps
@@ -126,7 +126,10 @@ def plan_compression(
         _removes_nothing(card.name, wish)
         plan = with_taps(fn, plan, stats, facts.layers, dict(wish.options))
     elif card.kind in ("sparsify", "share", "encode"):
+        whole = plan
         plan = _encoding(plan, card.name, card.kind, wish, checkpoint, layout)
+        if profile is not None and wish.protect and "output_most_LE" in profile.arrays:
+            plan = spared(plan, whole, guarded(profile)[0], sparing=card.kind == "sparsify")
     else:
         assert profile is not None
         plan = _reshaping(plan, fn, stats, checkpoint, layout, wish, profile, progress)
@@ -198,7 +201,9 @@ def _reshaping(
             slimmed(fn, s, la, checkpoint, layout, wish.kept(f.spec.d_expert), options)
             for s, la, f in zip(stats, plan.layers, facts, strict=True)
         ]
-        return replace(plan, layers=tuple(made), loss_unit="share of the scores of neurons")
+        plan = replace(plan, layers=tuple(made), loss_unit="share of the scores of neurons")
+        found = guarded(profile)[0] if wish.protect else ()
+        return spared(plan, plan, found, sparing=False)
     if any(len(slot.sources) > 1 or slot.neurons for la in plan.layers for slot in la.slots):
         raise PlanError(
             "the plan to start from merges or slims experts already", fix="remove experts first, then merge, then slim"

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moestro.compress.choosing import choose
+from moestro.compress.guard import guarded
 from moestro.compress.stats import LayerStats, layer_stats
 from moestro.core.errors import InputError, ProfileError
 from moestro.core.layer import ModelFacts
@@ -30,17 +31,29 @@ from moestro.profile.profile import Profile
 
 @method("compress.retrieval", kind="retrieval", paper="2505.17639", needs=("selection",), fidelity="adapted")
 def retrieval(
-    profiles: Sequence[tuple[str, Profile]], facts: ModelFacts, source: str, *, keep: int, positive: bool = True
+    profiles: Sequence[tuple[str, Profile]],
+    facts: ModelFacts,
+    source: str,
+    *,
+    keep: int,
+    positive: bool = True,
+    protect: bool = True,
 ) -> TaskPlan:
-    """profiles: (name, profile) of each task. Raises InputError, ProfileError."""
+    """profiles: (name, profile) of each task. protect: every task keeps the Super Experts of any profile. Raises InputError, ProfileError."""
     score = load("compress.criteria.premoe", "criterion")
     if len(profiles) < 2 or len({name for name, _ in profiles}) < len(profiles):
         raise InputError(f"{len(profiles)} profiles", expected="one for each of two tasks or more, with different names")
+    if keep > (most := min(la.num_experts for la in facts.layers)):
+        raise InputError(f"a task is to keep {keep} experts of each layer", expected=f"at most {most}")
+    always = {key for _, profile in profiles for key in guarded(profile)[0]} if protect else set()
     tasks, made = [], set()
     for name, profile in profiles:
         stats: list[LayerStats] = layer_stats(profile, facts.fingerprint, len(facts.layers))
         scores = [np.asarray(score(s, positive=positive)) for s in stats]
-        kept = tuple(tuple(choose(score_E, keep, la)) for score_E, la in zip(scores, facts.layers, strict=True))
+        kept = tuple(
+            tuple(choose(score_E, keep, la, [key.expert for key in always if key.layer == la.ordinal]))
+            for score_E, la in zip(scores, facts.layers, strict=True)
+        )
         tasks.append(Task(name, tuple(float(v) for v in scores[0]), kept))
         said = next((dict(o) for key, o in profile.probes.items() if key.rpartition(".")[2] == "selection"), {})
         made.add((said.get("first", 1), said.get("threshold")))

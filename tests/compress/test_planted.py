@@ -22,7 +22,7 @@ from moestro.profile.sources import Document
 from moestro.testing.planted import domain_model
 
 CRITERIA = ("frequency", "gate_mass", "reap", "output_norm", "easy_ep", "premoe")
-PROBES = ("counts", "gates", "norms", "contribution", "selection", "alikeness", "similarity", "samples", "maxima")
+PROBES = ("counts", "gates", "norms", "contribution", "selection", "alikeness", "similarity", "samples", "maxima", "moments")
 
 
 def profiled(model, sequences):
@@ -144,3 +144,9 @@ def test_a_super_expert_is_kept_whatever_the_method_says(planted, tmp_path):
         assert plan.protected == (key,) and key.expert in kept(plan, 0)
     merged = plan_of("hierarchical", changed, profile, keep=4)
     assert [s.sources for s in merged.layers[0].slots if key.expert in s.sources] == [(key.expert,)]
+    zeros = plan_of("moe_pruner", changed, profile)
+    assert [e for e, slot in enumerate(zeros.layers[0].slots) if not slot.encodings] == [key.expert] and zeros.protected == (key,)
+    for method, wish in (("contribution", {"ratio": 0.5}), ("latent", {"options": {"group": 6}})):
+        assert f"changed like all others: layer 0 expert {key.expert}" in " ".join(
+            plan_of(method, changed, profile, **wish).stated
+        )

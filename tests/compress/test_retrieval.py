@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,20 @@ def test_a_task_keeps_its_domain(planted, tmp_path):
             assert set(ids) == made.truth.domain_experts(g, layer)
     plan.save(tmp_path / "tasks.json")
     assert read_plan(tmp_path / "tasks.json") == plan and plan.first == 2
+
+
+def test_a_task_keeps_super_experts_of_any_profile(planted):
+    _, facts, profiles, _ = planted
+    plan = plan_of(planted)
+    e = next(e for e in range(facts.layers[0].num_experts) if e not in plan.tasks[0].kept[0])
+    most_LE = np.ones((len(facts.layers), facts.layers[0].num_experts))
+    most_LE[0, e] = 1e4
+    name, last = profiles[-1]
+    seen = [*profiles[:-1], (name, replace(last, arrays={**last.arrays, "output_most_LE": most_LE}))]
+    assert e in retrieval(seen, facts, "m", keep=3).tasks[0].kept[0]
+    assert retrieval(seen, facts, "m", keep=3, protect=False).tasks == plan.tasks
+    with pytest.raises(InputError, match="99 experts"):
+        retrieval(profiles, facts, "m", keep=99)
 
 
 @pytest.mark.parametrize("trunk", ["native", "transformers"])
