@@ -16,15 +16,16 @@ EPILOG = """Examples:
 \b
   moestro export ./small -o ./for-vllm --to compressed-tensors --allow-plain lm_head.weight
   moestro export ./small -o small.gguf --to gguf
+  moestro export ./nested -o ./two --to planes --bits 2
 
 compressed-tensors takes models coded in int8:G, int4:G or mxfp4 by `moestro plan bits` and `moestro apply`; gguf takes these, uint4:G and
-plain ones of Mixtral, OLMoE and Qwen3-MoE."""
+plain ones of Mixtral, OLMoE and Qwen3-MoE; planes takes nested:G, and writes the model that its first bits are. Only planes changes numbers."""
 
 
 def export(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="The new folder or file.", show_default=False)],
-    to: Annotated[str, typer.Option(metavar="FORM", help="compressed-tensors or gguf.")],
+    to: Annotated[str, typer.Option(metavar="FORM", help="compressed-tensors, gguf, or planes.")],
     allow_plain: Annotated[
         list[str] | None,
         typer.Option(
@@ -42,15 +43,16 @@ def export(
     pre: Annotated[
         str, typer.Option(help="llama.cpp's name of the pre-tokenizer, where it is not recognised.", show_default=False)
     ] = "",
+    bits: Annotated[int, typer.Option(min=2, max=3, help="With planes: how many bits of weights in nested are kept.")] = 2,
     as_json: Json = False,
 ) -> None:
-    """Write a model for vLLM (compressed-tensors) or llama.cpp (gguf). No number changes; what has no place there is an error."""
+    """Write a model for vLLM (compressed-tensors) or llama.cpp (gguf), or the low planes of a nested one. What has no place is an error."""
     from moestro.cli.run import check_target
     from moestro.models.checkpoint import Checkpoint
     from moestro.models.taps import read_taps
 
     checkpoint = Checkpoint.open(model)
-    if read_taps(checkpoint):
+    if read_taps(checkpoint) and to != "planes":
         say(f"{model} skips experts when moestro runs it; other programs will run every expert")
     if to == "gguf":
         check_target(output, "--output")
@@ -59,6 +61,12 @@ def export(
         from moestro.compress.export.gguf import gguf
 
         nbytes = gguf(checkpoint, output, pre=pre, dropped=tuple(drop or ())).stat().st_size
+    elif to == "planes":
+        if pre or allow_plain or drop:
+            bad_argument("--pre, --allow-plain and --drop are for other forms", "--bits alone")
+        from moestro.compress.export.planes import planes
+
+        nbytes = planes(checkpoint, output, bits=bits).nbytes
     elif to == "compressed-tensors":
         if pre:
             bad_argument("--pre is for gguf", "none")
@@ -66,11 +74,11 @@ def export(
 
         nbytes = compressed_tensors(checkpoint, output, allow_plain=tuple(allow_plain or ()), dropped=tuple(drop or ())).nbytes
     else:
-        bad_argument(f"{to!r} is no form that is written", "compressed-tensors or gguf")
+        bad_argument(f"{to!r} is no form that is written", "compressed-tensors or gguf, or planes")
     if as_json:
         emit({"output": str(output), "form": to, "bytes": nbytes})
     else:
-        print(f"{output}: {size(nbytes)}, the numbers of {model}")
+        print(f"{output}: {size(nbytes)}, the {f'first {bits} bits' if to == 'planes' else 'numbers'} of {model}")
 
 
 def register(app: typer.Typer) -> None:

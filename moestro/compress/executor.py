@@ -27,6 +27,7 @@ from moestro.core.experts import ExpertKey, ExpertWeights
 from moestro.core.plans.compression import CompressionPlan, LayerChange, Slot
 from moestro.models.bulk import BulkReader
 from moestro.models.checkpoint import Checkpoint
+from moestro.models.codecs.coded import describe, is_coded
 from moestro.models.experts import read_expert
 from moestro.models.families.resize import expert_axis, resized, router_tensors, without_predictions
 from moestro.models.layout import Layout, Part
@@ -35,6 +36,7 @@ from moestro.models.taps import read_taps
 from moestro.models.writer import CheckpointWriter, check_room
 
 Progress = Callable[[int, int], None]  # (layers done, layers)
+Coded = dict[str, tuple[str, tuple[int, int]]]  # by name: codec and shape
 _EXPERT = re.compile(r"((?:^|\.)experts\.)(\d+)(\.)")
 _SMALLEST_SHARD = 64 << 20
 
@@ -159,7 +161,30 @@ class Job:
 
     def configured(self, config: dict[str, Any]) -> dict[str, Any]:
         """The new config.json with what the form adds to it; everything that can be wrong with the form is found here."""
-        return config
+        coded = self.still_coded()
+        return (
+            config | {"quantization_config": describe(coded, config["quantization_config"].get("changes", ()))}
+            if coded
+            else config
+        )
+
+    def still_coded(self) -> Coded:
+        """The tensors of the result that are copied in tiles: codec and shape of each, by its new name."""
+        there = {
+            name: (ref.dtype, (ref.shape[0], ref.shape[1]))
+            for name, ref in self.checkpoint.tensors.items()
+            if is_coded(ref.dtype)
+        }
+        coded = {name: found for name, found in there.items() if name in self.layout.trunk and name not in self.plan.tensors}
+        for change in self.plan.layers if there else ():
+            for i, row in enumerate(change.routed):
+                names = self._stored_names(change.ordinal, change.slots[row.slot])
+                coded |= {_renamed(name, i): there[name] for name in names if name in there}
+        return coded
+
+    def _stored_names(self, ordinal: int, slot: Slot) -> list[str]:
+        """Of the slot's first source, part by part."""
+        return [self._names[part.file, part.offset] for part in self.layout.parts(ExpertKey(ordinal, slot.sources[0]))]
 
     def is_expert(self, name: str) -> bool:
         return name in self._experts
@@ -185,10 +210,10 @@ class Job:
         for number, slot in enumerate(change.slots):
             rows = [i for i, row in enumerate(change.routed) if row.slot == number]
             source = self.layout.parts(ExpertKey(change.ordinal, slot.sources[0]))
-            names = [self._names[part.file, part.offset] for part in source]
+            names = self._stored_names(change.ordinal, slot)
             made: list[np.ndarray] | None = None
             for row in rows:
-                targets = [_EXPERT.sub(lambda m, to=row: f"{m[1]}{to}{m[3]}", name) for name in names]
+                targets = [_renamed(name, row) for name in names]
                 if all(name in writer for name in targets):
                     continue
                 if slot.copied and not slot.encodings:
@@ -270,6 +295,11 @@ class Job:
         """A trunk tensor after its encodings."""
         made, dtype = self.encoder.matrix(name, numbers, self.rescaled(name)), self.checkpoint.tensors[name].dtype
         writer.add(name, stored(plain(made), dtype), dtype)
+
+
+def _renamed(name: str, expert: int) -> str:
+    """An expert's tensor under another number."""
+    return _EXPERT.sub(lambda m: f"{m[1]}{expert}{m[3]}", name)
 
 
 def router_rows(checkpoint: Checkpoint, layout: Layout, ordinal: int) -> np.ndarray:

@@ -93,5 +93,7 @@ def test_nothing_is_left_silently(moestro, work):  # noqa: F811
         assert done.code == 2 and said in done.err, (wrong, done.err)
     bare = moestro("plan", "bits", work / "model", "--method", "gptq")
     assert bare.code == 2 and "--probe inputs" in bare.err
+    low = moestro("export", work / "model", "-o", work / "x", "--to", "planes")
+    assert low.code == 2 and "--codec nested:64" in low.err
     odd = moestro("export", work / "model", "-o", work / "x", "--to", "onnx")
     assert odd.code == 2 and "compressed-tensors or gguf" in odd.err

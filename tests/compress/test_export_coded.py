@@ -14,12 +14,16 @@ from moestro.compress.encode.rtn import rtn
 from moestro.compress.encoding import Encoder
 from moestro.compress.executor import compress
 from moestro.compress.export.coded import CodedJob
+from moestro.compress.export.planes import planes
 from moestro.compress.live import compress_live
 from moestro.compress.record import read_plan_of
 from moestro.compress.trunk import trunk_matrices
 from moestro.core.errors import CheckpointError, InputError, PlanError
 from moestro.core.experts import ExpertKey
 from moestro.core.plans.compression import CompressionPlan, Encoding, Slot
+from moestro.engine.engine import Engine
+from moestro.engine.sample import SamplingParams
+from moestro.kernels.packed import Packed
 from moestro.models.checkpoint import Checkpoint
 from moestro.models.codecs.coded import is_coded, read_coded
 from moestro.models.experts import read_expert
@@ -238,3 +242,48 @@ def test_a_method_that_makes_another_codec_is_found_out(wide, tmp_path):
     lying = replace(plan, encodings=(Encoding("compress.encode.rtn", "int4:32", {"codec": "int8:32"}),))
     with pytest.raises(PlanError, match="came out as int8:32"):
         coded(lying, one, tmp_path / "out")
+
+
+def test_experts_of_a_coded_model_are_removed(wide, tmp_path):
+    one = wide("olmoe")
+    made = coded(
+        encode_experts(blank(one.checkpoint, one.layout, "by.hand"), one.layout, "compress.encode.rtn", "int4:32"),
+        one,
+        tmp_path / "all",
+    )
+    layout = describe(made)
+    plan = blank(made, layout, "by.hand")
+    plan = replace(plan, layers=tuple(replace(la, slots=la.slots[3:]) for la in plan.layers))
+    fewer = compress(plan, made, layout, tmp_path / "fewer").checkpoint
+    for la in describe(fewer).facts.layers:
+        assert la.num_experts == layout.facts.layers[la.ordinal].num_experts - 3
+        for e in range(la.num_experts):
+            new, old = (read_expert(c, describe(c), ExpertKey(la.ordinal, i)) for c, i in ((fewer, e), (made, e + 3)))
+            assert np.array_equal(new.up_FD, old.up_FD) and np.array_equal(new.down_DF, old.down_DF)
+    with Engine.open(fewer.path, threads=1) as engine:
+        assert engine.changes[0].startswith("made from") and "weights are kept as int4:32 (encode.rtn)" in engine.changes
+
+
+def test_low_planes_are_a_model(wide, tmp_path):
+    one = wide("olmoe")
+    plan = encode_experts(blank(one.checkpoint, one.layout, "by.hand"), one.layout, "compress.encode.rtn", "nested:32")
+    made = coded(plan, one, tmp_path / "all")
+    for bits in (2, 3):
+        few = planes(made, tmp_path / f"{bits}", bits=bits)
+        assert few.tensors.keys() == made.tensors.keys() and few.nbytes < made.nbytes
+        for name, ref in made.tensors.items():
+            if is_coded(ref.dtype):
+                whole, low = read_coded(made, name), read_coded(few, name)
+                cut = Packed(whole.parts[: bits - 1], whole.format, whole.group, whole.rows, whole.cols)
+                assert few.tensors[name].dtype == f"nested:32/{bits}" and np.array_equal(low.dequantise(), cut.dequantise())
+            else:
+                assert np.array_equal(made.read(name), few.read(name))
+        read = read_plan_of(few.path)
+        assert read.encodings[0].codec == f"nested:32/{bits}" and read.sizes[1] == describe(few).facts.expert_bytes
+        with Engine.open(few.path, threads=1) as engine:
+            engine.generate([TOKENS[:8]], SamplingParams(max_tokens=2, ignore_eos=True), text=False)
+            assert f"weights are kept as nested:32/{bits} (encode.rtn)" in engine.changes
+    with pytest.raises(InputError, match="no matrices in nested"):
+        planes(few, tmp_path / "again", bits=3)
+    with pytest.raises(InputError, match="no matrices in nested"):
+        planes(one.checkpoint, tmp_path / "plain")

@@ -62,7 +62,7 @@ class CodedJob(Job):
 
     def configured(self, config: dict[str, Any]) -> dict[str, Any]:
         """config.json with the place of every tile. Raises PlanError, and InputError for codecs that do not fit the shapes."""
-        coded: dict[str, tuple[str, tuple[int, int]]] = {}
+        coded = self.still_coded()
         for change in self.plan.layers:
             codecs = [self._codec(slot.encodings) for slot in change.slots]
             if len({codec == STORED for codec in codecs}) > 1:
@@ -82,7 +82,8 @@ class CodedJob(Job):
             check_fit(parse_codec(codec), shape[1], f"{name} has rows")
         self._together({name for name in coded if name in self.plan.tensors})
         used = dict.fromkeys((e.method.removeprefix("compress."), e.codec) for e in self.plan.encodings if e.codec != STORED)
-        changes = [f"weights are kept as {codec} ({method})" for method, codec in used]
+        changes = list(config["quantization_config"].get("changes", ())) if self.still_coded() else []
+        changes += [f"weights are kept as {codec} ({method})" for method, codec in used]
         if routers := {e.method for e in self.plan.encodings if card_of(load(e.method)).kind == "encode_router"}:
             changes.append(f"routers are rounded ({', '.join(sorted(routers))})")
         return {k: v for k, v in config.items() if k != "quantization_config"} | {"quantization_config": describe(coded, changes)}
