@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moestro.cli.arguments import Json, Model, Quiet, Revision, method_choice, with_revision
 from moestro.cli.errors import bad_argument
 from moestro.cli.output import emit, progress, say
+
+if TYPE_CHECKING:
+    from moestro.core.plans.residency import Precision
+    from moestro.models.layout import Layout
 
 EPILOG = """Examples:
 
@@ -18,6 +22,8 @@ EPILOG = """Examples:
   moestro plan bits ./model --method gptq --codec uint4:64 --profile book.profile --trunk int8:32 --ends int8:32 -o plan.json
   moestro plan bits ./model --codec int2:128,int3:128,int4:128 --bits 2.5 --budget mc_moe --profile book.profile --evidence bits.evidence --trunk int8:32 --ends int8:32 -o plan.json
   moestro plan bits ./model --method gptq --codec int4:64 --smooth eaquant --profile book.profile --allow-plain -o plan.json
+  moestro plan residency ./model --quality ppl:2% --data text.txt --precision edgemoe --widths int2:32,int4:32 -m 2GiB -o widths.json
+  moestro plan bits ./model --widths widths.json --method gptq --profile book.profile --allow-plain -o plan.json
   moestro apply plan.json -o ./small
   moestro run ./small "Hello"
 
@@ -73,6 +79,14 @@ def bits(
             show_default=False,
         ),
     ] = None,
+    widths: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PLAN",
+            help="Take each expert's codec from this plan of `moestro plan residency --quality`.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the plan here.", show_default=False)
     ] = None,
@@ -91,6 +105,8 @@ def bits(
     as_json: Json = False,
 ) -> int:
     """Decide in how many bits weights are kept. Changes nothing yet."""
+    from dataclasses import replace
+
     from moestro.cli.compress import check_plan, read_compression, read_profile
     from moestro.cli.run import check_target
     from moestro.compress.bits import BitsWish, plan_bits
@@ -122,6 +138,10 @@ def bits(
     )
     checkpoint = Checkpoint.open(with_revision(model, revision))
     layout, seen = describe(checkpoint), read_profile(profile)
+    if widths is not None:
+        if codec != "uint4:64":
+            bad_argument("--codec beside --widths", "one of them: the plan gives every expert its codec")
+        wish = replace(wish, chosen=read_precision(widths, layout))
     with progress("planning", "layers", quiet or as_json) as report:
         found = plan_bits(
             checkpoint,
@@ -147,3 +167,20 @@ def bits(
     if found.plain and not allow_plain:
         say(told(found.plain, trunk_matrices(checkpoint, layout), "--trunk and --ends a codec"))
     return 1 if (found.unseen and not allow_unseen) or (found.plain and not allow_plain) else 0
+
+
+def read_precision(path: Path, layout: Layout) -> Precision:
+    """The widths in a residency plan. Raises PlanError for a plan without any, or of another model."""
+    from moestro.core.errors import PlanError
+    from moestro.core.plan import read_plan
+    from moestro.core.plans.residency import ResidencyPlan
+
+    found = read_plan(path)
+    if not isinstance(found, ResidencyPlan) or found.precision is None:
+        raise PlanError(
+            f"{path} gives experts no widths",
+            expected="a residency plan with widths of its own",
+            fix="moestro plan residency MODEL --quality ppl:2% --data TEXT --precision edgemoe --widths int2:32,int4:32 -o PLAN",
+        )
+    found.check(layout.facts)
+    return found.precision

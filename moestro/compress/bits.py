@@ -21,6 +21,7 @@ from moestro.core.experts import ExpertKey, ExpertSpec
 from moestro.core.method import Card, card_of, check_options, load
 from moestro.core.plan import Subject
 from moestro.core.plans.compression import STORED, CompressionPlan, Encoding, LayerChange, Slot
+from moestro.core.plans.residency import Precision
 from moestro.models.checkpoint import Checkpoint
 from moestro.models.codecs.coded import coded_bytes
 from moestro.models.codecs.encode import parse_codec
@@ -106,6 +107,7 @@ class BitsWish:
 
     bits: average bits of an expert's weight, scales included, where there are several; budget: what chooses, with options.
     trunk, ends: codecs of the trunk's inner matrices and of embedding and head, rounded to nearest; 'stored' leaves them.
+    chosen: instead of codecs, what gives each expert its own, such as the bisection of `moestro plan residency --quality`.
     smooth, router: methods of kind 'smooth' and 'encode_router' that come first, with options; '' for none.
     dropped: patterns of tensors that the model does not load and that are left out.
     """
@@ -123,6 +125,7 @@ class BitsWish:
     router: str = ""
     router_options: Mapping[str, Any] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    chosen: Precision | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +159,12 @@ def plan_bits(
     if profile is not None:
         layer_stats(profile, layout.facts.fingerprint, len(layout.facts.layers))
     given = Calibration(profile, layout.facts) if profile is not None and "kept_x_LND" in profile.arrays else None
-    if given is None and ("inputs" in card.needs or len(wish.codecs) > 1 or wish.smooth or wish.router):
+    if given is None and ("inputs" in card.needs or (len(wish.codecs) > 1 and wish.chosen is None) or wish.smooth or wish.router):
         what = card.name if "inputs" in card.needs else wish.smooth or wish.router or "choosing bits"
         raise InputError(
             f"{what} needs the inputs of the experts", fix="moestro profile MODEL DATA --probe inputs -o FILE, and --profile FILE"
         )
-    codecs = tuple(parse_codec(codec).name for codec in wish.codecs)
+    codecs = tuple(parse_codec(codec).name for codec in (wish.codecs if wish.chosen is None else wish.chosen.widths))
     for la in layout.facts.layers:
         for codec in codecs:
             expert_size(la.spec, codec)  # raises where a codec does not fit
@@ -177,13 +180,17 @@ def plan_bits(
         dropped=tuple(dict.fromkeys((*plan.dropped, *wish.dropped))),
     )
     lost_tensors(plan.dropped, layout)
-    if (wish.bits is None) != (len(codecs) == 1):
+    if wish.chosen is not None and wish.bits is not None:
+        raise InputError("the bits are chosen already", expected="no --bits with --widths")
+    if wish.chosen is None and (wish.bits is None) != (len(codecs) == 1):
         raise InputError(
             "the average bits are " + ("not said" if wish.bits is None else "said, and there is one codec"),
             expected="several codecs with --bits, or one without",
         )
     plan = _smoothed(plan, checkpoint, layout, wish)
-    if wish.bits is None:
+    if wish.chosen is not None:
+        plan = _chosen(plan, layout, wish.chosen, card.name, wish.options)
+    elif wish.bits is None:
         plan = encode_experts(plan, layout, card.name, codecs[0], wish.options)
     else:
         assert given is not None
@@ -207,6 +214,15 @@ def plan_bits(
         text = f"{len(rare)} experts saw fewer than {RARE} of the kept tokens and are fitted to their layer's inputs for the most part: {some}"
         plan = replace(plan, stated=(*plan.stated, text + (", ..." if len(rare) > 8 else "")))
     return BitsPlan(plan, plain_matrices(found, plan), tuple(key for key, n in rare.items() if n == 0))
+
+
+def _chosen(plan: CompressionPlan, layout: Layout, chosen: Precision, method: str, options: Mapping[str, Any]) -> CompressionPlan:
+    """Every expert in the codec that it was given elsewhere."""
+    if any(len(s.sources) > 1 or s.neurons for la in plan.layers for s in la.slots):
+        raise InputError("the plan to start from merges or slims experts, and the bits were chosen for whole ones")
+    rows = [[chosen.width(ExpertKey(la.ordinal, slot.sources[0])) for slot in la.slots] for la in plan.layers]
+    made = encode_experts(plan, layout, method, rows, options)
+    return replace(made, stated=(*made.stated, f"{chosen.method} chose, of the original rounded to nearest: {chosen.summary()}"))
 
 
 def _known(name: str, kind: str, options: Mapping[str, Any]) -> Card:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moestro.core.plan import read_plan
+from moestro.core.plans.compression import CompressionPlan
+from moestro.core.plans.residency import Precision, ResidencyPlan
 from moestro.models.checkpoint import Checkpoint
+from moestro.models.families import describe
 from moestro.testing.tiny import save_tiny
 from tests.cli.conftest import moestro  # noqa: F401
 
@@ -97,3 +101,24 @@ def test_nothing_is_left_silently(moestro, work):  # noqa: F811
     assert low.code == 2 and "--codec nested:64" in low.err
     odd = moestro("export", work / "model", "-o", work / "x", "--to", "onnx")
     assert odd.code == 2 and "compressed-tensors or gguf" in odd.err
+
+
+def test_widths_that_were_chosen_elsewhere(moestro, work):  # noqa: F811
+    assert moestro("plan", "residency", work / "model", "-m", "1GiB", "-o", work / "r.json", "-q").code == 0
+    plan, found = read_plan(work / "r.json"), describe(Checkpoint.open(work / "model")).facts.layers
+    asked = ("plan", "bits", work / "model", "--widths", work / "r.json", "-o", work / "w.json", "--allow-plain")
+    bare = moestro(*asked)
+    assert bare.code == 2 and "gives experts no widths" in bare.err and "--precision edgemoe" in bare.err
+    rows = tuple(tuple(int(e == 3) for e in range(la.num_experts)) for la in found)
+    assert isinstance(plan, ResidencyPlan)
+    replace(plan, precision=Precision("engine.precision.edgemoe", ("int2:32", "int8:32"), rows)).save(work / "r.json")
+    done = moestro(*asked)
+    assert done.code == 0 and "edgemoe chose" in done.out, done.err
+    made = read_plan(work / "w.json")
+    assert isinstance(made, CompressionPlan)
+    for la in made.layers:
+        assert [made.encodings[s.encodings[-1]].codec for s in la.slots] == [
+            "int8:32" if e == 3 else "int2:32" for e in range(len(la.slots))
+        ]
+    for more in (("--bits", 3), ("--codec", "int4:32")):
+        assert moestro(*asked, *more).code == 2
