@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import numbers
 import os
 import random
 import sys
@@ -140,8 +142,8 @@ def paired(tasks: TaskSet, changed: Mapping[str, Any], original: Mapping[str, An
                 TaskScore(
                     task=name,
                     metric=metric if kind == "none" else f"{metric} ({kind})",
-                    value=float(new[key]),
-                    reference=float(old[key]),
+                    value=_number(new[key]),
+                    reference=_number(old[key]),
                     error=_number(new.get(f"{metric}_stderr,{kind}")),
                     reference_error=_number(old.get(f"{metric}_stderr,{kind}")),
                     documents=sum(count["effective"] for count in counts),
@@ -170,7 +172,7 @@ def _moved(children: Sequence[str], metric: str, kind: str, new: Any, old: Any) 
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and value == value else None
+    return float(value) if isinstance(value, numbers.Real) and math.isfinite(value) else None
 
 
 def _shown(tasks: TaskSet) -> list[str]:

@@ -190,7 +190,9 @@ def test_the_sign_test():
 
     assert chance(None, None) is None and chance(0, 0) == chance(5, 5) == 1
     assert chance(5, 0) == chance(0, 5) == 2 / 32 and chance(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
-    assert 0 < chance(3000, 2000) < 1e-30
+    assert 0 < chance(3000, 2000) < 1e-30  # type: ignore[operator]
+    (line,) = Judged(tasks=(TaskScore("t", "f1", None, 0.5, None, 0.25, 7),)).summary()
+    assert line == "measured on 7 documents of t: f1 no number, original 0.5000 ± 0.2500"
 
 
 def test_plans_of_before_load(work):

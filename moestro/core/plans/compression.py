@@ -97,8 +97,8 @@ class LayerChange:
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
-    """One metric of one task: of the result, and `reference`, of the original on the same documents; their standard errors, None where
-    there are none.
+    """One metric of one task: of the result, and `reference`, of the original on the same documents, None where it is no finite number;
+    their standard errors, None where there are none.
 
     lost, gained: documents that the original had right and the result has wrong, and the other way round; None where a document is not
     simply right or wrong. limited: only the task's first documents were asked. fewshot: examples before each question.
@@ -107,8 +107,8 @@ class TaskScore:
 
     task: str
     metric: str
-    value: float
-    reference: float
+    value: float | None
+    reference: float | None
     error: float | None
     reference_error: float | None
     documents: int
@@ -171,8 +171,10 @@ class Judged:
         return lines
 
 
-def written(value: float, error: float | None) -> str:
+def written(value: float | None, error: float | None) -> str:
     """A score with its standard error."""
+    if value is None:
+        return "no number"
     return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
