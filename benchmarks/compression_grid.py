@@ -248,7 +248,9 @@ def said(options: Mapping[str, Any]) -> str:
     return ", ".join(k if v is True else f"{k} {v}" for k, v in options.items())
 
 
-def planned(cell: Cell, checkpoint: Checkpoint, layout: Layout, profile: Profile, seed: int, kept: Path | None = None) -> CompressionPlan:
+def planned(
+    cell: Cell, checkpoint: Checkpoint, layout: Layout, profile: Profile, seed: int, kept: Path | None = None
+) -> CompressionPlan:
     """The cell's plan. seed: of methods that draw. kept: folder for what plans of mixed bits share. Raises MoestroError."""
     plan: CompressionPlan | None = None
     for step in cell.steps:

@@ -141,9 +141,9 @@ def claims(report: dict[str, Any]) -> str:
                 for scope in ("", ", scope model", ", alpha 0.0, beta 0.0", ", alpha 0.0, beta 0.0, scope model"):
                     mine, other = (f"{budget} of rtn{scope}", bits), ("rtn, search", uniform)
                     lines.append(pair(report, f"mixed {bits} beat uniform ones", model, mine, other))
-            lines.append(
-                pair(report, f"mixed {bits} beat uniform ones, of GPTQ", model, ("mc_moe of gptq", bits), ("gptq", uniform))
-            )
+            for scope in ("", ", alpha 0.0, beta 0.0, scope model"):
+                fitted = f"mixed {bits} beat uniform ones, of GPTQ"
+                lines.append(pair(report, fitted, model, (f"mc_moe of gptq{scope}", bits), ("gptq", uniform)))
         fewer = "mixed 2.5 bits beat 3.25 bits of three quarters of the experts (2.44 bits)"
         lines.append(pair(report, fewer, model, ("mc_moe of gptq", "2.5 bits"), ("reap, then gptq", "-25 %, int3:64")))
     removal = [r for r in rows_for(report, "duplicates") if r["level"] == "-50 %"]
