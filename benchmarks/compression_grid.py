@@ -40,6 +40,7 @@ OTHERWISE = ("nested:64",)  # of a method that makes none of them
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "compress.sparsify.moe_pruner": ({"ratio": 0.125}, {"ratio": 0.25}, {"ratio": 0.5}, {"pattern": "2:4"}),
     "compress.sparsify.low_rank": ({"rank": 128, "kept": 0.5}, {"rank": 64, "kept": 0.25}, {"rank": 32, "kept": 0.1}),
+    "compress.share.latent": ({}, {"rank": 128}, {"rank": 256}),
     "compress.encode.rtn": ({}, {"search": True}),
     "compress.encode.gptq": ({}, {"ordered": True}),
     "compress.skip.fewer": ({"average": 1.5}, {"average": 1.0}),
