@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from moestro.core.errors import CheckpointError, PlanError
 from moestro.core.experts import ExpertWeights
 from moestro.core.layer import ModelFacts
 from moestro.core.method import card_of, load
-from moestro.core.plans.compression import CompressionPlan, LayerChange, Slot
+from moestro.core.plans.compression import STORED, CompressionPlan, LayerChange, Slot
 from moestro.kernels.packed import Packed
 from moestro.profile.profile import Profile
 
@@ -198,6 +199,13 @@ class Encoder:
             raise CheckpointError(
                 f"a matrix cannot be stored as {encoding.codec}: {error}", fix="leave it as it is stored, or use another codec"
             ) from error
+
+
+def one_thread(plan: CompressionPlan) -> AbstractContextManager[Any]:
+    """Where weights get few bits, sums are those of one thread of the linear algebra: the bytes depend on no number of threads."""
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1) if any(e.codec != STORED for e in plan.encodings) else nullcontext()
 
 
 def encoded(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from moestro.compress.dropping import layer_of, lost_tensors, predicts
-from moestro.compress.encoding import Encoder, plain
+from moestro.compress.encoding import Encoder, one_thread, plain
 from moestro.compress.record import write_record
 from moestro.compress.rehearsal import rehearse
 from moestro.compress.slots import build, mixed_rows
@@ -79,6 +79,7 @@ def compress(
     key = hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()
     resume_key = f"{checkpoint.fingerprint} {key} {type(job).__name__}"
     with (
+        one_thread(plan),
         job.bulk,
         CheckpointWriter(out, config, shard_bytes=job.shard_bytes, overwrite=overwrite, resume_key=resume_key) as writer,
     ):

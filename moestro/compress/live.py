@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from moestro.compress.encoding import Encoder, plain
+from moestro.compress.encoding import Encoder, one_thread, plain
 from moestro.compress.executor import router_rows
+from moestro.compress.rehearsal import rehearse
 from moestro.compress.slots import arrays_of, build, mixed_rows
 from moestro.compress.smooth.smoothing import touched
 from moestro.core.errors import UnsupportedModel
@@ -34,6 +35,7 @@ def compress_live(plan: CompressionPlan, model: Model, *, encoder: Encoder | Non
     facts, checkpoint = model.facts, model.checkpoint
     plan.check(facts)
     encoder = encoder or Encoder(plan, facts)
+    rehearse(plan, facts)
     width = plan.width(facts)
     config = resized(checkpoint.config, facts, experts=plan.experts, d_expert=width)
     layers = tuple(replace(la, num_experts=plan.experts, spec=replace(la.spec, d_expert=width)) for la in facts.layers)
@@ -41,9 +43,10 @@ def compress_live(plan: CompressionPlan, model: Model, *, encoder: Encoder | Non
     dtype = str(next(iter(model.module.parameters())).dtype).removeprefix("torch.")
     module = skeleton(replace(checkpoint, config=config), dtype)
     found = seams(module, layout)
-    for seam, change in zip(found, plan.layers, strict=True):
-        _fill(seam, model, change, encoder, width)
-    _share(module, model, plan, encoder)
+    with one_thread(plan):
+        for seam, change in zip(found, plan.layers, strict=True):
+            _fill(seam, model, change, encoder, width)
+        _share(module, model, plan, encoder)
     made = Model(replace(checkpoint, config=config), layout, module, found)
     made.tap([la.taps for la in plan.layers])
     return made

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from moestro.compress.bits import blank, encode_experts, encode_trunk, expert_bytes
 from moestro.compress.calibration import Calibration
@@ -287,3 +288,19 @@ def test_low_planes_are_a_model(wide, tmp_path):
         planes(few, tmp_path / "again", bits=3)
     with pytest.raises(InputError, match="no matrices in nested"):
         planes(one.checkpoint, tmp_path / "plain")
+
+
+def test_numbers_depend_on_no_number_of_threads(wide, profile, tmp_path, monkeypatch):
+    one, seen, real = wide("olmoe"), set(), Encoder.prepare
+
+    def watched(self, *given):
+        seen.update(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return real(self, *given)
+
+    monkeypatch.setattr(Encoder, "prepare", watched)
+    plan = encode_experts(blank(one.checkpoint, one.layout, "by.hand"), one.layout, "compress.encode.gptq", "int4:32")
+    encoder = Encoder(plan, one.layout.facts, profile)
+    with threadpool_limits(2):
+        compress(plan, one.checkpoint, one.layout, tmp_path / "out", encoder=encoder, form=CodedJob)
+        compress_live(plan, open_model(one.checkpoint), encoder=encoder)
+    assert seen == {1}
