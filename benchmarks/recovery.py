@@ -128,7 +128,7 @@ def trials(bench: str, experts: int, steps: int) -> list[Trial]:
         start = Step(ZEROS, {"options": options})
         found += [Trial("moe_pruner", level, "zeros", start)]
         found += [Trial("moe_pruner + expert_wise", level, "zeros", start, "expert_wise", steps)]
-    for name, options in (("odp", {"share": 0.5}), ("fewer", {"average": 1.0})):
+    for name, options in (("odp", {"share": 0.25}), ("odp", {"share": 0.5}), ("fewer", {"average": 1.0})):
         level = next(f"{key} {value:g}" for key, value in options.items())
         found.append(Trial(name, level, "skip", Step(f"compress.skip.{name}", {"options": options})))
     found += [Trial("otp", f"price {p:g}", "skip", tuning=f"otp:price={p}", steps=steps) for p in (0.02, 0.1)]

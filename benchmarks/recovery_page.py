@@ -17,20 +17,22 @@ BETTER = "#7b4fa3"
 
 
 def rows_for(report: dict[str, Any], text: str, *kinds: str) -> list[Row]:
-    """Of this text and these kinds, those that could be measured."""
-    return [r for r in report["summary"] if r["model"] == text and r["kind"] in kinds and "error" not in r]
+    """Of this text and these kinds, those that could be measured, each after what it was made of."""
+    rows = [r for r in report["summary"] if r["model"] == text and r["kind"] in kinds and "error" not in r]
+    order = list(dict.fromkeys((start(r), r["level"]) for r in rows))
+    return sorted(rows, key=lambda r: order.index((start(r), r["level"])))
+
+
+def start(row: Row) -> str:
+    return row["name"].partition(" + ")[0].partition(", ")[0]
 
 
 def change(ratio: float) -> str:
-    return f"{100 * (ratio - 1):+.1f} %" if ratio < 2 else f"x {ratio:.2f}"
+    return f"{100 * (ratio - 1):+.2f} %" if ratio < 2 else f"x {ratio:.2f}"
 
 
 def spread(row: Row) -> str:
     return change(row["ratio"]) + (f" ({change(row['low'])} to {change(row['high'])})" if len(row["seeds"]) > 1 else "")
-
-
-def cost(row: Row) -> str:
-    return f"{row['train_seconds']:.0f}" if "train_seconds" in row else ""
 
 
 def settings(report: dict[str, Any]) -> str:
@@ -40,10 +42,12 @@ def settings(report: dict[str, Any]) -> str:
     once = [f"{r['name']} {r['level']}" for r in rows if len(r.get("seeds", seeds)) < len(seeds) and r["name"] != "top-1"]
     few = f" With fewer: {'; '.join(once)}." if once else ""
     rates = dict.fromkeys(f"{r['rate']:g}" for r in sorted(rows, key=lambda r: r.get("rate", 0)) if "rate" in r)
+    many = f"{len(seeds)} seeds, each with another calibration text and order of the training text." + few
     return (
-        f"Every training takes {said['steps']} steps of {said['batch']} sequences of {said['length']} bytes, {tokens:,} in all, on text that is not held out, "
-        f"with the method's own learning rate where none is named ({', '.join(rates)}). {len(seeds)} seed{'s' * (len(seeds) > 1)}: another calibration text and order of the training text.{few}\n"
-    )
+        f"Every training takes {said['steps']} steps of {said['batch']} sequences of {said['length']} bytes, {tokens:,} in all, on text that "
+        f"is not held out, with the method's own learning rate where none is named ({', '.join(rates)}). "
+        + (many if len(seeds) > 1 else "One calibration text and order of the training text so far.") + "\n"
+    )  # fmt: skip
 
 
 def recovered(report: dict[str, Any]) -> str:
@@ -52,15 +56,13 @@ def recovered(report: dict[str, Any]) -> str:
     for row in rows_for(report, "mixed", "pruned", "merged", "zeros"):
         back = f"{100 * row['given_back']:.0f} %" if "given_back" in row else ""
         kept = f"{100 * row['agreement']:.1f} %"
-        lines.append(
-            [row["name"], row["level"], f"{row['bytes'] / 1e6:.1f}", spread(row), back, f"{row['kl']:.4f}", kept, cost(row)]
-        )
+        lines.append([row["name"], row["level"], f"{row['bytes'] / 1e6:.1f}", spread(row), back, f"{row['kl']:.4f}", kept])
     for row in rows_for(report, "mixed", "plain"):
         lines.append(
             [f"the original, {EVERYTHING}", "", f"{row['bytes'] / 1e6:.1f}", spread(row), "", f"{row['kl']:.4f}",
-             f"{100 * row['agreement']:.1f} %", cost(row)]
+             f"{100 * row['agreement']:.1f} %"]
         )  # fmt: skip
-    head = ["what", "level", "MB", "perplexity", "given back", "KL", "routing kept", "seconds of training"]
+    head = ["what", "level", "MB", "perplexity", "given back", "KL", "routing kept"]
     return rows_of(head, lines) if lines else MISSING
 
 
@@ -69,10 +71,9 @@ def tasks(report: dict[str, Any]) -> str:
     for text, said in (("mixed", "all domains"), (TASK, "code alone")):
         for row in rows_for(report, text, "task", "plain", *(["pruned"] if text == TASK else [])):
             lines.append(
-                [f"{row['name']} {row['level']}".strip(), said, f"{row['bytes'] / 1e6:.1f}", spread(row), against(row), f"{row['kl']:.4f}",
-                 cost(row)]
+                [f"{row['name']} {row['level']}".strip(), said, f"{row['bytes'] / 1e6:.1f}", spread(row), against(row), f"{row['kl']:.4f}"]
             )  # fmt: skip
-    head = ["what", "trained and judged on", "MB", "perplexity", "beside plain training", "KL", "seconds of training"]
+    head = ["what", "trained and judged on", "MB", "perplexity", "beside plain training", "KL"]
     return rows_of(head, lines) if lines else MISSING
 
 
@@ -84,8 +85,8 @@ def skips(report: dict[str, Any]) -> str:
     lines = []
     for row in rows_for(report, "mixed", "skip", "plain"):
         skipped = f"{100 * row['skipped']:.1f} %"
-        lines.append([row["name"], row["level"], skipped, spread(row), against(row), f"{row['kl']:.4f}", cost(row)])
-    head = ["what", "level", "slots skipped", "perplexity", "beside plain training", "KL", "seconds of training"]
+        lines.append([row["name"], row["level"], skipped, spread(row), against(row), f"{row['kl']:.4f}"])
+    head = ["what", "level", "slots skipped", "perplexity", "beside plain training", "KL"]
     return rows_of(head, lines) if lines else MISSING
 
 
@@ -128,7 +129,7 @@ def picture(report: dict[str, Any], folder: Path) -> Path | None:
     starts = [r for r in rows if any(s["name"].startswith(f"{r['name']} + ") and s["level"] == r["level"] for s in rows)]
     if not starts:
         return None
-    panels = [[s for s in rows if s["name"].partition(" + ")[0] == r["name"] and s["level"] == r["level"]] for r in starts]
+    panels = [[s for s in rows if start(s) == r["name"] and s["level"] == r["level"]] for r in starts]
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(8.2, 0.42 * sum(map(len, panels)) + 0.75 * len(panels)), squeeze=False,
         height_ratios=[len(p) + 0.6 for p in panels],
