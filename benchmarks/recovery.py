@@ -62,7 +62,7 @@ EVERYTHING = "plain training"  # every weight on the text's own loss
 PRUNE, MERGE, ZEROS = "compress.criteria.reap", "compress.group.hierarchical", "compress.sparsify.moe_pruner"
 QUERIES = (16, 64, 256)  # first tokens of a sequence by which its domain is looked up
 RULED = 64  # the number of them that decides in the table
-SOUGHT = 64  # held-out sequences of a domain that are looked up
+SOFTMAX = (("first", 2), ("threshold", -100.0))  # options of the probe: the two highest logits' softmax, whatever their signs
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Trial:
     """One cell. start: what is made of the original before the training. tuning: as `moestro train` takes it; '': none.
 
     kind: what it is an answer to. rate: of learning; None for the method's own. top_k: experts of a token, None for as many as it has.
-    keep: of retrieval, experts of each layer that a task keeps.
+    keep: of retrieval, experts of each layer that a task keeps; probe: how its profiles are made.
     """
 
     name: str
@@ -82,6 +82,7 @@ class Trial:
     rate: float | None = None
     top_k: int | None = None
     keep: int = 0
+    probe: tuple[tuple[str, float], ...] = ()
     calibrated: bool = True
 
     @property
@@ -109,7 +110,8 @@ def trials(bench: str, experts: int, steps: int) -> list[Trial]:
     few, fewer = 3 * experts // 4, experts // 2
     plain = Trial(EVERYTHING, "", "plain", tuning=f"tsep:keep={experts}", steps=steps)  # as many as there are: none leaves
     if bench == "domains":
-        return [Trial("retrieval", f"keep {keep}", "retrieval", keep=keep) for keep in (few, fewer)]
+        ways = {"retrieval": (), "retrieval, softmax": SOFTMAX}
+        return [Trial(n, f"keep {k}", "retrieval", keep=k, probe=way) for n, way in reversed(ways.items()) for k in (few, fewer)]
     tasks = [Trial("tsep", f"keep {keep}", "task", tuning=f"tsep:keep={keep}", steps=steps) for keep in (few, fewer)]
     patches = {"low_rank": "low_rank:rank=8", "low_rank of experts": "low_rank:rank=8,experts=true"}
     recovers = {"router_norms": "router_norms"} | patches
@@ -150,17 +152,16 @@ def trials(bench: str, experts: int, steps: int) -> list[Trial]:
 class Taught(Opened):
     """A model, its held-out text, and the text that it is trained on: a run's tokens, its domains weighted.
 
-    domains: the same of each domain, for retrieval; sought: held-out sequences of each that are looked up.
+    domains: the same of each domain, for retrieval.
     """
 
     def __init__(
-        self, bench: Bench, work: Path, run: Path, weights: dict[str, float],
-        domains: dict[str, Bench] | None = None, sought: dict[str, list[list[int]]] | None = None,
-    ) -> None:  # fmt: skip
+        self, bench: Bench, work: Path, run: Path, weights: dict[str, float], domains: dict[str, Bench] | None = None
+    ) -> None:
         super().__init__(bench, work)
-        self.run, self.weights, self.domains, self.sought = run, weights, domains or {}, sought or {}
+        self.run, self.weights, self.domains = run, weights, domains or {}
         self.config = TrainConfig.from_json(shapes.read_json(run / "train.json"))
-        self._profiles: dict[tuple[str, int], Profile] = {}
+        self._profiles: dict[tuple[Any, ...], Profile] = {}
 
     def measure(self, cell: Any, seed: int) -> dict[str, Any]:
         """Make, train, judge."""
@@ -227,7 +228,7 @@ class Taught(Opened):
 
     def _retrieved(self, cell: Trial, seed: int) -> dict[str, Any]:
         """Each domain's text read with its own experts, with each other domain's, and with those that its beginning finds."""
-        profiles = [(name, self._of_domain(bench, seed)) for name, bench in self.domains.items()]
+        profiles = [(name, self._of_domain(bench, seed, cell.probe)) for name, bench in self.domains.items()]
         plan = retrieval(profiles, self.layout.facts, self.checkpoint.source, keep=cell.keep)
         size, trunk = (
             cell.keep * self.layout.facts.expert_bytes // self.layout.facts.layers[0].num_experts,
@@ -235,13 +236,14 @@ class Taught(Opened):
         )
         return read_by_task(plan, self) | {"expert_bytes": size, "bytes": size + trunk}
 
-    def _of_domain(self, bench: Bench, seed: int) -> Profile:
-        if (bench.name, seed) not in self._profiles:
-            probes = make(probes_for({"compress.criteria.premoe"}, None))
+    def _of_domain(self, bench: Bench, seed: int, options: tuple[tuple[str, float], ...]) -> Profile:
+        key = bench.name, seed, options
+        if key not in self._profiles:
+            probes = make(probes_for({"compress.criteria.premoe"}, None) | {"selection": {"first": 1} | dict(options)})
             recording = Recording(self.model, as_texts(bench.calibration(seed)), probes, trace_tokens=0)
             recording.run(self.model)
-            self._profiles[bench.name, seed] = recording.profile()
-        return self._profiles[bench.name, seed]
+            self._profiles[key] = recording.profile()
+        return self._profiles[key]
 
 
 def judged(model: Model, folder: Path, opened: Opened) -> dict[str, Any]:
@@ -278,22 +280,22 @@ def read_by_task(plan: TaskPlan, taught: Taught) -> dict[str, Any]:
         model = compress_live(CompressionPlan(subjects=plan.subjects, method=plan.method, layers=layers), taught.model)
         origins = [[slot.sources for slot in la.slots] for la in layers]
         for name, bench in taught.domains.items():
-            found = compare(model, taught.original, bench.held_out, origins)
-            assert found.quality.kl_N is not None
+            judged = compare(model, taught.original, bench.held_out, origins)
+            assert judged.quality.kl_N is not None
             rows = len(bench.held_out)
-            more[task.name, name] = (found.quality.nll_N - found.reference.nll_N).reshape(rows, -1).mean(1)
-            kl[task.name, name] = found.quality.kl_N.reshape(rows, -1).mean(1)
-            reached += [found.agreement] if task.name == name else []
+            more[task.name, name] = (judged.quality.nll_N - judged.reference.nll_N).reshape(rows, -1).mean(1)
+            kl[task.name, name] = judged.quality.kl_N.reshape(rows, -1).mean(1)
+            reached += [judged.agreement] if task.name == name else []
     domains: dict[str, dict[str, Any]] = {}
     for name, bench in taught.domains.items():
-        chosen = [looked_up(plan, taught.model, tokens, RULED) for tokens in bench.held_out]
-        sought = {n: [looked_up(plan, taught.model, tokens, n) for tokens in taught.sought[name]] for n in QUERIES}
+        logits = [np.asarray(out.records[0].routing.logits_TE) for out in taught.original.run(bench.held_out)]
+        found = {n: [plan.nearest(logits_TE[:n]).name for logits_TE in logits] for n in QUERIES}
         domains[name] = {
             "own": math.exp(more[name, name].mean()),
             "worst": max(math.exp(more[t.name, name].mean()) for t in plan.tasks if t.name != name),
-            "found": math.exp(float(np.mean([more[task, name][i] for i, task in enumerate(chosen)]))),
-            "kl": float(np.mean([kl[task, name][i] for i, task in enumerate(chosen)])),
-            "accuracy": {str(n): sum(task == name for task in tasks) / len(tasks) for n, tasks in sought.items()},
+            "found": math.exp(float(np.mean([more[task, name][i] for i, task in enumerate(found[RULED])]))),
+            "kl": float(np.mean([kl[task, name][i] for i, task in enumerate(found[RULED])])),
+            "accuracy": {str(n): sum(task == name for task in tasks) / len(tasks) for n, tasks in found.items()},
         }
 
     def over(key: str) -> float:
@@ -307,14 +309,6 @@ def read_by_task(plan: TaskPlan, taught: Taught) -> dict[str, Any]:
         "accuracy": {str(n): statistics.fmean(d["accuracy"][str(n)] for d in domains.values()) for n in QUERIES},
         "domains": domains,
     }
-
-
-def looked_up(plan: TaskPlan, model: Model, tokens: list[int], first: int) -> str:
-    """The task that a sequence's first tokens find."""
-    (out,) = model.run([tokens[:first]])
-    logits_TE = out.records[0].routing.logits_TE
-    assert logits_TE is not None
-    return plan.nearest(np.asarray(logits_TE)).name
 
 
 class Trials(Record):
@@ -432,7 +426,7 @@ def taught(run: Path, work: Path, name: str, held_out: int, calibration: int, se
         name, run / "auto", KINDS, [row for b in each.values() for row in b.held_out],
         lambda seed: [row for b in each.values() for row in b.calibration(seed)], own,
     )  # fmt: skip
-    return Taught(whole, work, run, weights, each, {d: texts(run, d, SOUGHT, 1)[0] for d in names})
+    return Taught(whole, work, run, weights, each)
 
 
 def tiny(work: Path) -> Path:
