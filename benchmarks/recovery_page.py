@@ -94,18 +94,21 @@ def retrieved(report: dict[str, Any]) -> str:
     rows = [r for r in report["summary"] if r["kind"] == "retrieval" and "error" not in r]
     lines = []
     for row in rows:
+        way = row["name"].partition(", ")[2] or "logits above 0"
         cells = [c for c in report["cells"].values() if (c["name"], c["level"]) == (row["name"], row["level"])]
         for name in cells[0]["domains"]:
             some = [c["domains"][name] for c in cells]
             own, worst, found = (math.exp(sum(math.log(d[key]) for d in some) / len(some)) for key in ("own", "worst", "found"))
             right = [sum(d["accuracy"][n] for d in some) / len(some) for n in row["accuracy"]]
-            lines.append([row["level"], name, *(change(v) for v in (own, found, worst)), *(f"{100 * a:.0f} %" for a in right)])
+            lines.append(
+                [way, row["level"], name, *(change(v) for v in (own, found, worst)), *(f"{100 * a:.0f} %" for a in right)]
+            )
         right = [f"{100 * a:.0f} %" for a in row["accuracy"].values()]
-        lines.append([row["level"], "**all**", *(change(row[key]) for key in ("own", "ratio", "worst")), *right])
+        lines.append([way, row["level"], "**all**", *(change(row[key]) for key in ("own", "ratio", "worst")), *right])
     if not lines:
         return MISSING
     ways = ["its own experts", f"those that {RULED} bytes find", "the worst other domain's"]
-    return rows_of(["experts", "text", *ways, *(f"found by {n} bytes" for n in rows[0]["accuracy"])], lines)
+    return rows_of(["pattern", "experts", "text", *ways, *(f"found by {n} bytes" for n in rows[0]["accuracy"])], lines)
 
 
 FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
