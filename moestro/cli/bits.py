@@ -96,6 +96,7 @@ def bits(
             metavar="PATTERN", help="Tensors the model does not load that may be lost; may be repeated.", show_default=False
         ),
     ] = None,
+    protect: Annotated[bool, typer.Option(help="Super Experts get the widest of several codecs.")] = True,
     allow_plain: Annotated[
         bool, typer.Option("--allow-plain", help="Matrices that stay as they are stored are no failure.")
     ] = False,
@@ -135,6 +136,7 @@ def bits(
         *rescaling,
         *rounding,
         tuple(drop or ()),
+        protect=protect,
     )
     checkpoint = Checkpoint.open(with_revision(model, revision))
     layout, seen = describe(checkpoint), read_profile(profile)

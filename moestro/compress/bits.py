@@ -12,7 +12,8 @@ import numpy as np
 
 from moestro.compress.calibration import RARE, Calibration
 from moestro.compress.dropping import lost_tensors
-from moestro.compress.evidence import EvidenceFile, Progress, expert_size, measure
+from moestro.compress.evidence import BitsEvidence, EvidenceFile, Progress, expert_size, measure
+from moestro.compress.guard import guarded, spared
 from moestro.compress.smooth.smoothing import touched
 from moestro.compress.stats import layer_stats
 from moestro.compress.trunk import TrunkMatrices, plain_matrices, trunk_matrices
@@ -110,6 +111,7 @@ class BitsWish:
     chosen: instead of codecs, what gives each expert its own, such as the bisection of `moestro plan residency --quality`.
     smooth, router: methods of kind 'smooth' and 'encode_router' that come first, with options; '' for none.
     dropped: patterns of tensors that the model does not load and that are left out.
+    protect: Super Experts, where the profile looked for them, get the widest of several codecs; with one codec the plan says they change.
     """
 
     method: str
@@ -126,6 +128,7 @@ class BitsWish:
     router_options: Mapping[str, Any] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     chosen: Precision | None = None
+    protect: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +191,8 @@ def plan_bits(
             expected="several codecs with --bits, or one without",
         )
     plan = _smoothed(plan, checkpoint, layout, wish)
+    sought = profile is not None and wish.protect and "output_most_LE" in profile.arrays
+    protected = guarded(profile)[0] if profile is not None and sought else ()
     if wish.chosen is not None:
         plan = _chosen(plan, layout, wish.chosen, card.name, wish.options)
     elif wish.bits is None:
@@ -204,7 +209,10 @@ def plan_bits(
         told = {"model": layout.facts.fingerprint, "profile": profile.data, "method": card.name}
         told |= {"options": dict(wish.options), "widths": codecs}
         kept = None if evidence is None else EvidenceFile(evidence, told)
-        plan = _mixed(plan, checkpoint, layout, wish, card.name, codecs, given, kept, progress)
+        seen = measure(checkpoint, layout, given, codecs, card.name, options=wish.options, kept=kept, progress=progress)
+        plan = _mixed(plan, layout, wish, card.name, codecs, seen, protected)
+    if wish.bits is None:
+        plan = spared(plan, plan, protected, sparing=False)
     found = trunk_matrices(checkpoint, layout)
     inner, outer = (None if codec == STORED else ("compress.encode.rtn", codec) for codec in (wish.trunk, wish.ends))
     plan = encode_trunk(plan, found, inner=inner, outer=outer)
@@ -258,30 +266,32 @@ def _smoothed(plan: CompressionPlan, checkpoint: Checkpoint, layout: Layout, wis
 
 def _mixed(
     plan: CompressionPlan,
-    checkpoint: Checkpoint,
     layout: Layout,
     wish: BitsWish,
     method: str,
     codecs: tuple[str, ...],
-    given: Calibration,
-    kept: EvidenceFile | None,
-    progress: Progress | None,
+    evidence: BitsEvidence,
+    protected: tuple[ExpertKey, ...],
 ) -> CompressionPlan:
+    """Bits within the budget; the protected experts have the widest codec first, and the others share what is left."""
     choose = load(wish.budget, "bits")
-    evidence = measure(checkpoint, layout, given, codecs, method, options=wish.options, kept=kept, progress=progress)
-    kept_LE = np.zeros_like(evidence.there_LE)
+    kept_LE, safe_LE = np.zeros((2, *evidence.there_LE.shape), bool)
     for la in plan.layers:
         kept_LE[la.ordinal, [slot.sources[0] for slot in la.slots]] = True
-    evidence = replace(evidence, there_LE=kept_LE)
+    for key in protected:
+        safe_LE[key] = kept_LE[key]
     weights = sum(len(la.slots) * matrix_weights(layout.facts.layers[la.ordinal].spec) for la in plan.layers)
-    widths_LE = choose(evidence, int((wish.bits or 0) * weights / 8), **wish.budget_options)
+    reserved = int((safe_LE.sum(1) * evidence.bytes_LW[:, -1]).sum())
+    others = replace(evidence, there_LE=kept_LE & ~safe_LE)
+    widths_LE = np.array(choose(others, int((wish.bits or 0) * weights / 8) - reserved, **wish.budget_options))
+    widths_LE[safe_LE] = len(codecs) - 1
     rows = [[codecs[widths_LE[la.ordinal, slot.sources[0]]] for slot in la.slots] for la in plan.layers]
     made = encode_experts(plan, layout, method, rows, wish.options)
-    spent = 8 * evidence.spent(widths_LE) / weights
+    spent = 8 * replace(evidence, there_LE=kept_LE).spent(widths_LE) / weights
     counts = ", ".join(f"{sum(row.count(codec) for row in rows)} experts {codec}" for codec in codecs)
-    return replace(
-        made, stated=(*made.stated, f"{card_of(choose).name} gives {counts}: {spent:.3f} bits per weight of {wish.bits} allowed")
-    )
+    stated = f"{card_of(choose).name} gives {counts}: {spent:.3f} bits per weight of {wish.bits} allowed"
+    safe = tuple(ExpertKey(*map(int, at)) for at in np.argwhere(safe_LE))
+    return replace(made, stated=(*made.stated, stated), protected=tuple(dict.fromkeys((*made.protected, *safe))))
 
 
 def matrix_weights(spec: ExpertSpec) -> int:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moestro.compress.bits import BitsWish, plan_bits
 from moestro.compress.budget.block_importance import block_importance
 from moestro.compress.budget.frequency import frequency
 from moestro.compress.budget.mc_moe import mc_moe
@@ -17,7 +18,7 @@ from moestro.compress.budget.quantmoe_bench import quantmoe_bench
 from moestro.compress.calibration import Calibration, LayerInputs
 from moestro.compress.evidence import BitsEvidence, EvidenceFile, measure, outliers, output
 from moestro.core.errors import InputError
-from moestro.core.experts import ExpertSpec, ExpertWeights
+from moestro.core.experts import ExpertKey, ExpertSpec, ExpertWeights
 from moestro.core.method import load
 from moestro.models.checkpoint import Checkpoint
 from moestro.models.families import describe
@@ -217,3 +218,27 @@ def test_evidence_of_a_model(tmp_path):
         measure(checkpoint, layout, given, ("int4:32", "int2:32"), "compress.encode.rtn")
     with pytest.raises(InputError, match="multiples"):
         measure(checkpoint, layout, given, ("int4:64",), "compress.encode.rtn")
+
+
+def test_a_super_expert_has_the_widest_codec_and_the_others_pay_for_it(tmp_path):
+    save_tiny("mixtral", tmp_path / "m", hidden_size=32, intermediate_size=32)
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    layout, model = describe(checkpoint), open_model(checkpoint)
+    documents = [Document("a", "drawn", tokens=np.random.default_rng(i).integers(4, 120, 40).tolist()) for i in range(3)]
+    recording = Recording(model, cut(documents, None, length=40), make({"inputs": {}, "counts": {}, "maxima": {}}))
+    recording.run(model)
+    profile, key = recording.profile(), ExpertKey(0, 1)
+    profile.arrays["output_most_LE"][key] = 1000 * profile.arrays["output_most_LE"].max()
+    weights = sum(la.num_experts * 3 * 32 * 32 for la in layout.facts.layers)
+    for protect in (True, False):
+        wish = BitsWish(
+            "compress.encode.rtn", ("int2:32", "int4:32"), bits=2.7, budget="compress.budget.mc_sharp", protect=protect
+        )
+        plan = plan_bits(checkpoint, layout, wish, profile=profile).plan
+        codec = [plan.encodings[s.encodings[0]].codec for s in plan.layers[0].slots]
+        assert plan.sizes[1] <= 2.7 / 8 * weights and plan.protected == ((key,) if protect else ())
+        assert not protect or codec[1] == "int4:32"
+    with pytest.raises(InputError, match="too few"):
+        plan_bits(checkpoint, layout, replace(wish, bits=2.6, protect=True), profile=profile)
+    alike = plan_bits(checkpoint, layout, BitsWish("compress.encode.rtn", ("int4:32",)), profile=profile).plan
+    assert f"Super Experts are changed like all others: layer 0 expert {key.expert}" in alike.stated
