@@ -12,7 +12,7 @@ import numpy as np
 
 from moestro.compress.calibration import RARE, Calibration
 from moestro.compress.dropping import lost_tensors
-from moestro.compress.evidence import BitsEvidence, EvidenceFile, Progress, expert_size, measure
+from moestro.compress.evidence import BitsEvidence, EvidenceFile, Progress, expert_size, measure, sampled
 from moestro.compress.guard import guarded, spared
 from moestro.compress.smooth.smoothing import touched
 from moestro.compress.stats import layer_stats
@@ -206,8 +206,8 @@ def plan_bits(
                 fix="give one codec",
             )
         assert profile is not None
-        told = {"model": layout.facts.fingerprint, "profile": profile.data, "method": card.name}
-        told |= {"options": dict(wish.options), "widths": codecs}
+        told = {"model": layout.facts.fingerprint, "weights": sampled(checkpoint, layout, profile), "profile": profile.data}
+        told |= {"method": card.name, "options": dict(wish.options), "widths": codecs}
         kept = None if evidence is None else EvidenceFile(evidence, told)
         seen = measure(checkpoint, layout, given, codecs, card.name, options=wish.options, kept=kept, progress=progress)
         plan = _mixed(plan, layout, wish, card.name, codecs, seen, protected)

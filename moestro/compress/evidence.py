@@ -5,6 +5,7 @@ Shapes: L MoE layers, E experts (the most of any layer), W widths, the fewest by
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,9 +26,10 @@ from moestro.models.checkpoint import Checkpoint
 from moestro.models.codecs.coded import coded_bytes
 from moestro.models.experts import read_expert
 from moestro.models.layout import Layout
-from moestro.profile.profile import read_arrays, write_arrays
+from moestro.profile.profile import Profile, read_arrays, write_arrays
 
 HEADER, FORMAT = "moestro.evidence", 1
+SAMPLE = 65536  # bytes of a matrix
 Progress = Callable[[int, int], None]
 
 
@@ -168,6 +170,17 @@ def measure(
     del found["done_L"]
     energy_L = np.sqrt(found.pop("energy_L"))
     return BitsEvidence(**found, bytes_LW=bytes_LW, energy_L=energy_L, **given.stream())
+
+
+def sampled(checkpoint: Checkpoint, layout: Layout, profile: Profile) -> str:
+    """A digest of some bytes of each layer's first expert and of some kept inputs: of another training it differs, though all shapes agree."""
+    digest = hashlib.sha256(np.ascontiguousarray(profile.arrays["kept_x_LND"][:, ::64]).tobytes())
+    for la in layout.facts.layers:
+        for part in layout.parts(ExpertKey(la.ordinal, 0)):
+            raw = np.empty(min(part.nbytes, SAMPLE), np.uint8)
+            checkpoint.read_range(part.file, part.offset, raw)
+            digest.update(raw.tobytes())
+    return digest.hexdigest()
 
 
 def output(seen: LayerInputs, expert: int, spec: ExpertSpec, weights: ExpertWeights) -> np.ndarray:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from moestro.core.experts import ExpertKey
 from moestro.core.plan import read_plan
 from moestro.core.plans.compression import CompressionPlan
 from moestro.core.plans.residency import Precision, ResidencyPlan
@@ -65,6 +67,14 @@ def test_bits_by_what_experts_matter(moestro, work):  # noqa: F811
     assert done.code == 0 and (work / "evidence").stat().st_mtime_ns == written.st_mtime_ns, "other bits, nothing measured again"
     done = moestro(*plan, *kept, "--bits", "3", "--method", "hqq")
     assert done.code == 2 and "evidence with method 'compress.encode.rtn'" in done.err
+    other = shutil.copytree(work / "model", work / "retrained")
+    (file,) = other.glob("*.safetensors")
+    raw = bytearray(file.read_bytes())
+    first = describe(Checkpoint.open(other)).parts(ExpertKey(0, 0))[0]
+    raw[first.offset] ^= 1
+    file.write_bytes(raw)
+    done = moestro(*plan[:2], other, *plan[3:], *kept, "--bits", "3")
+    assert done.code == 2 and "evidence with weights" in done.err, "same shapes, same text, other weights"
     done = moestro(*plan[:-3], *kept)
     assert done.code == 2 and "--evidence without --bits" in done.err
     done = moestro(*plan, "--evidence", work / "p", "--bits", "3")
